@@ -2,6 +2,7 @@
 
 import multiprocessing as mp
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -27,11 +28,11 @@ def _worker(
             world_size=world_size,
             timeout=timedelta(seconds=60),
         )
-        out.send((True, fn(rank, *args)))
+        out.send_bytes(pickle.dumps((True, fn(rank, *args))))  # by value: the sender may exit
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:  # every failure of a worker is the test's to see
-        out.send((False, traceback.format_exc()))
+        out.send_bytes(pickle.dumps((False, traceback.format_exc())))
     os._exit(0)  # a fork must not run its parent's exit handlers
 
 
@@ -77,7 +78,7 @@ def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
         for pipe in ready:
             rank = pipes.index(pipe)  # type: ignore[arg-type]
             try:
-                ok, value = pipe.recv()  # type: ignore[union-attr]
+                ok, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
                 raise AssertionError(f"rank {rank} died without a word") from None
             if not ok:
