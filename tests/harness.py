@@ -87,14 +87,24 @@ def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
     return [results[rank] for rank in range(len(pipes))]
 
 
-def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor, bound: float) -> None:
-    """Fail unless max |actual - expected| <= bound * max |expected|; never pass on zeros or NaN."""
+def assert_close(
+    name: str,
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+    bound: float,
+    whole: torch.Tensor | None = None,
+) -> None:
+    """Fail unless max |actual - expected| <= bound * max |whole|; never pass on zeros or NaN.
+
+    `whole` is the tensor `expected` is a shard of, for shards that may be small by right.
+    """
     assert actual.shape == expected.shape, (
         f"{name}: shape {tuple(actual.shape)} is not {tuple(expected.shape)}"
     )
     assert torch.isfinite(expected).all(), f"{name}: the expected value is not finite"
     assert torch.isfinite(actual).all(), f"{name}: the actual value is not finite"
-    scale = expected.abs().max().item() if expected.numel() else 0.0
+    whole = expected if whole is None else whole
+    scale = whole.abs().max().item() if expected.numel() else 0.0
     assert scale > 0, f"{name}: the expected value is all zeros, the comparison proves nothing"
     error = (actual.double() - expected.double()).abs().max().item() / scale
     assert error <= bound, f"{name}: relative error {error:.3e} is above {bound:.0e}"

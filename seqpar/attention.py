@@ -1,0 +1,147 @@
+"""The public linear recurrences: boundary checks, then one call into the shared scan."""
+
+import torch
+from torch import Tensor
+
+from seqpar.context import SequenceParallel
+from seqpar.kernels.delta import DELTA
+from seqpar.kernels.linear import DECAYED_LINEAR, LINEAR
+from seqpar.recurrence import recurrence
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    sp: SequenceParallel | None = None,
+) -> Tensor:
+    """Causal linear attention with or without decay.
+
+        S_t = exp(log_decay_t) S_{t-1} + k_t v_tᵀ;   o_t = scale · S_tᵀ q_t
+
+    No decay: linear attention (arXiv 2006.16236). Constant: Retention (2307.08621), Lightning
+    Attention (2401.04658). Scalar: Mamba-2 (2405.21060). Diagonal: GLA (2312.06635), HGRN2
+    (2404.07904).
+
+    Args:
+        q, k: [B, T, H, K], this rank's tokens.
+        v: [B, T, HV, V]; HV may be a multiple of H (grouped heads).
+        log_decay: None | [HV] constant | [B, T, HV] per head | [B, T, HV, K] per key channel;
+            natural log, <= 0.
+        scale: multiplies q; K**-0.5 by default.
+        sp: how the sequence is cut over ranks; None when this rank holds whole sequences.
+
+    Returns:
+        o [B, T, HV, V] in v's dtype. States are fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit each other or the layout.
+    """
+    _check_qkv(q, k, v, sp)
+    gates = [] if log_decay is None else [_check_decay(log_decay, k, v, constant=True)]
+    q, k = _spread(q, v), _spread(k, v)
+    family = DECAYED_LINEAR if gates else LINEAR
+    return recurrence(family, q, k, v, gates, _scale(scale, q), sp)
+
+
+def delta_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    sp: SequenceParallel | None = None,
+) -> Tensor:
+    """The delta rule with or without decay: each token replaces what the state returns for its key.
+
+        S_t = (I - beta_t k_t k_tᵀ) exp(log_decay_t) S_{t-1} + beta_t k_t v_tᵀ
+        o_t = scale · S_tᵀ q_t
+
+    DeltaNet (arXiv 2406.06484), Gated DeltaNet (2412.06464), Kimi Delta Attention (2510.26692).
+    Stable for keys with beta_t |k_t|² <= 2: normalise k.
+
+    Args:
+        q, k, v, scale, sp: as in `linear_attention`.
+        beta: [B, T, HV].
+        log_decay: None | [B, T, HV] per head | [B, T, HV, K] per key channel; natural log, <= 0.
+
+    Returns:
+        o [B, T, HV, V] in v's dtype.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit each other or the layout.
+    """
+    _check_qkv(q, k, v, sp)
+    if beta.shape != v.shape[:3]:
+        raise ValueError(f"beta is {_shape(beta)}, it must be [B, T, HV] = {_shape(v[..., 0])}")
+    _check_floating("beta", beta)
+    gates = [beta[..., None]]
+    if log_decay is not None:
+        gates.append(_check_decay(log_decay, k, v, constant=False))
+    q, k = _spread(q, v), _spread(k, v)
+    return recurrence(DELTA, q, k, v, gates, _scale(scale, q), sp)
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor, sp: SequenceParallel | None) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} is {_shape(x)}, it must be [batch, tokens, heads, dim]")
+        _check_floating(name, x)
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, q on {q.device}: they must share a device")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} is {x.dtype}, q is {q.dtype}: they must share a dtype")
+        if min(x.shape) < 1:
+            raise ValueError(f"{name} is {_shape(x)}: no dimension may be empty")
+    if k.shape != q.shape:
+        raise ValueError(f"k is {_shape(k)}, it must have q's shape {_shape(q)}")
+    if v.shape[:2] != q.shape[:2]:
+        raise ValueError(f"v is {_shape(v)}, its batch and tokens must be q's {list(q.shape[:2])}")
+    if v.shape[2] % q.shape[2]:
+        heads = q.shape[2]
+        below = max(v.shape[2] // heads, 1) * heads
+        raise ValueError(
+            f"v has {v.shape[2]} heads, it must have a multiple of q's and k's {heads}; "
+            f"nearest: {below}"
+        )
+    if sp is not None:
+        sp.check_shard("q", q)
+
+
+def _check_decay(log_decay: Tensor, k: Tensor, v: Tensor, *, constant: bool) -> Tensor:
+    """log_decay as a gate [B, T, HV, 1 or K]."""
+    heads = v.shape[:3]
+    allowed = {"[B, T, HV]": heads, "[B, T, HV, K]": (*heads, k.shape[-1])}
+    if constant:
+        allowed = {"[HV]": heads[2:], **allowed}
+    if tuple(log_decay.shape) not in [tuple(shape) for shape in allowed.values()]:
+        rule = " or ".join(f"{name} = {list(shape)}" for name, shape in allowed.items())
+        raise ValueError(f"log_decay is {_shape(log_decay)}, it must be {rule}")
+    _check_floating("log_decay", log_decay)
+    if log_decay.dim() == 1:
+        log_decay = log_decay.expand(heads)
+    return log_decay if log_decay.dim() == 4 else log_decay[..., None]
+
+
+def _check_floating(name: str, x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise ValueError(f"{name} is {x.dtype}, it must be a floating dtype such as torch.bfloat16")
+
+
+def _shape(x: Tensor) -> list[int]:
+    return list(x.shape)
+
+
+def _spread(x: Tensor, v: Tensor) -> Tensor:
+    """x [B, T, H, K] with each head repeated for its group of v's heads."""
+    group = v.shape[2] // x.shape[2]
+    return x if group == 1 else torch.repeat_interleave(x, group, 2)
+
+
+def _scale(scale: float | None, q: Tensor) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale

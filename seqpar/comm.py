@@ -1,0 +1,159 @@
+"""The one file that calls `torch.distributed` collectives, and counts what they move.
+
+A `Communicator` wraps one process group, or none (a single rank that talks to nobody). Every call
+names the kind of work it serves; `Communicator.traffic[kind]` counts calls, bytes and time waited.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 renames these two and warns at the old names; 2.11 has only the old ones.
+_all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+_REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+
+@dataclass
+class Traffic:
+    """What one kind of work moved over one communicator, seen from this rank.
+
+    calls: collectives entered. bytes_sent, bytes_received: payload that crosses between ranks; an
+    all-gather of n bytes over P ranks counts (P-1)·n each way, a sum of n bytes 2(P-1)/P·n.
+    seconds_waited: host time spent waiting for results.
+    """
+
+    calls: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    seconds_waited: float = 0.0
+
+
+class Pending:
+    """The result of a collective under way. `wait()` blocks until it is there and returns it."""
+
+    def __init__(self, result: Tensor, work: Any, traffic: Traffic) -> None:
+        self._result, self._work, self._traffic = result, work, traffic
+
+    def wait(self) -> Tensor:
+        if self._work is not None:
+            begin = time.perf_counter()
+            self._work.wait()
+            self._traffic.seconds_waited += time.perf_counter() - begin
+            self._work = None
+        return self._result
+
+
+class Communicator:
+    """Collectives over one process group, with their traffic counted by kind of work.
+
+    Args:
+        group: a `torch.distributed` process group; None for a single rank without any.
+
+    Attributes: rank and size within the group; traffic, a dict from kind to `Traffic`.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group) if group is not None else 0
+        self.size = dist.get_world_size(group) if group is not None else 1
+        self.traffic: dict[str, Traffic] = {}
+
+    def total(self) -> Traffic:
+        """The sum of all kinds of traffic so far."""
+        kinds = self.traffic.values()
+        return Traffic(
+            sum(t.calls for t in kinds),
+            sum(t.bytes_sent for t in kinds),
+            sum(t.bytes_received for t in kinds),
+            sum(t.seconds_waited for t in kinds),
+        )
+
+    def all_gather(self, x: Tensor, kind: str = "other") -> Pending:
+        """Start gathering `x` (same shape on all ranks) into [size, *x.shape], by rank."""
+        x = x.contiguous()
+        moved = x.numel() * x.element_size() * (self.size - 1)
+        traffic = self._count(kind, moved, moved)
+        if self.size == 1:
+            return Pending(x[None], None, traffic)
+        # gloo takes the output only in one dimension
+        out = x.new_empty(self.size * x.numel())
+        work = _all_gather_flat(out, x.view(-1), group=self.group, async_op=True)
+        return Pending(out.view(self.size, *x.shape), work, traffic)
+
+    def reduce_scatter(self, x: Tensor, kind: str = "other") -> Pending:
+        """Start summing `x` [size, ...] over ranks; rank r receives the sum of the x[r]."""
+        x = x.contiguous()
+        moved = x[0].numel() * x.element_size() * (self.size - 1)
+        traffic = self._count(kind, moved, moved)
+        if self.size == 1:
+            return Pending(x[0], None, traffic)
+        out = x.new_empty(x[0].numel())
+        work = _reduce_scatter_flat(out, x.view(-1), group=self.group, async_op=True)
+        return Pending(out.view(x.shape[1:]), work, traffic)
+
+    def all_to_all(
+        self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], kind: str = "other"
+    ) -> Pending:
+        """Start sending `x` [sum(send_rows), ...], cut along its first dimension by target rank.
+
+        The result is [sum(receive_rows), ...], by source rank.
+        """
+        x = x.contiguous()
+        row = x[0].numel() * x.element_size() if len(x) else 0
+        out = x.new_empty(sum(receive_rows), *x.shape[1:])
+        traffic = self._count(
+            kind,
+            (sum(send_rows) - send_rows[self.rank]) * row,
+            (sum(receive_rows) - receive_rows[self.rank]) * row,
+        )
+        if self.size == 1:
+            return Pending(x, None, traffic)
+        work = dist.all_to_all_single(
+            out, x, list(receive_rows), list(send_rows), group=self.group, async_op=True
+        )
+        return Pending(out, work, traffic)
+
+    def all_reduce(self, x: Tensor, op: str = "sum", kind: str = "other") -> Tensor:
+        """The elementwise `op` ("sum", "max" or "min") of `x` over ranks, as a new tensor."""
+        out = x.clone()
+        moved = x.numel() * x.element_size() * 2 * (self.size - 1) // self.size
+        traffic = self._count(kind, moved, moved)
+        if self.size == 1:
+            return out
+        work = dist.all_reduce(out, _REDUCTIONS[op], group=self.group, async_op=True)
+        return Pending(out, work, traffic).wait()
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """The `value` of every rank, by rank (pickled: for small things, outside the step)."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def broadcast_object(self, value: Any, src: int = 0) -> Any:
+        """The `value` of rank `src` of this group, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, group=self.group, group_src=src)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Return when every rank has called this."""
+        if self.size > 1:
+            dist.barrier(group=self.group)
+
+    def _count(self, kind: str, sent: int, received: int) -> Traffic:
+        traffic = self.traffic.setdefault(kind, Traffic())
+        if self.size > 1:
+            traffic.calls += 1
+            traffic.bytes_sent += sent
+            traffic.bytes_received += received
+        return traffic

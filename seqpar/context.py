@@ -1,0 +1,71 @@
+"""What a layer needs to know to work on one shard of a sequence: group, layout, exchange."""
+
+import torch.distributed as dist
+from torch import Tensor
+
+from seqpar.comm import Communicator
+from seqpar.exchange import EXCHANGES
+from seqpar.layout import Layout
+
+
+class SequenceParallel:
+    """One sequence cut over the ranks of a process group. Passed explicitly; there is no global.
+
+    Args:
+        group: the process group whose ranks share the sequence (Megatron's context-parallel group,
+            or any other). None: the default group, or nobody when the layout has one rank.
+        layout: which rank holds which tokens.
+        exchange: how memory states cross ranks: "auto", or a name in `seqpar.exchange.EXCHANGES`.
+
+    Attributes: layout, exchange; comm, the counted communicator; rank, this rank in the group.
+
+    Raises:
+        ValueError: the group's size is not the layout's, or the exchange is unknown.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        layout: Layout | None = None,
+        exchange: str = "auto",
+        *,
+        comm: Communicator | None = None,
+    ) -> None:
+        if layout is None:
+            raise ValueError("layout=None: a Layout is needed, it says which tokens a rank holds")
+        if exchange != "auto" and exchange not in EXCHANGES:
+            raise ValueError(
+                f"exchange={exchange!r} must be one of {', '.join(['auto', *EXCHANGES])}"
+            )
+        if comm is None:
+            comm = Communicator(_group(group, layout))
+        if comm.size != layout.world_size:
+            raise ValueError(
+                f"layout has world_size={layout.world_size}, the process group has {comm.size} "
+                f"ranks; build the Layout with world_size={comm.size}"
+            )
+        self.layout, self.exchange, self.comm, self.rank = layout, exchange, comm, comm.rank
+
+    def check_shard(self, name: str, x: Tensor) -> None:
+        """Raise ValueError unless `x` [B, T, ...] is this rank's shard under the layout."""
+        expected = self.layout.local_tokens(self.rank)
+        if x.shape[1] != expected:
+            raise ValueError(
+                f"{name} has {x.shape[1]} tokens, {self.layout!r} gives rank {self.rank} {expected}"
+            )
+        if self.layout.cu_seqlens is not None and x.shape[0] != 1:
+            raise ValueError(
+                f"{name} has batch size {x.shape[0]}, packed documents (cu_seqlens) need 1: "
+                "lay the batch end to end in one stream"
+            )
+
+
+def _group(group: dist.ProcessGroup | None, layout: Layout) -> dist.ProcessGroup | None:
+    if group is not None or layout.world_size == 1:
+        return group
+    if not dist.is_initialized():
+        raise ValueError(
+            f"layout has world_size={layout.world_size} but torch.distributed is not initialised; "
+            "call torch.distributed.init_process_group first"
+        )
+    return dist.group.WORLD

@@ -1,0 +1,250 @@
+"""Which tokens of the global stream a rank owns, in which order, and where documents begin."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+KINDS = ("contiguous", "zigzag")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of consecutive tokens of one document within one range of one rank.
+
+    start, stop: global token indices. offset: local index of its first token. document: global
+    index of its document's first token. document_stop: one past its document's last token.
+    """
+
+    start: int
+    stop: int
+    offset: int
+    document: int
+    document_stop: int
+
+    @property
+    def continues(self) -> bool:
+        """Whether its document began before it: a state enters."""
+        return self.start > self.document
+
+    @property
+    def continued(self) -> bool:
+        """Whether its document goes on after it: its state is wanted elsewhere."""
+        return self.stop < self.document_stop
+
+    @property
+    def local(self) -> slice:
+        """Its tokens, in the rank's own order."""
+        return slice(self.offset, self.offset + self.stop - self.start)
+
+
+class Layout:
+    """How a stream of tokens is cut over ranks.
+
+    contiguous: rank r holds the r-th piece of the stream (equal pieces, or `shard_sizes`).
+    zigzag: the stream is cut in 2W equal pieces; rank r holds pieces r and 2W-1-r, in that order.
+
+    Args:
+        total_tokens: length of the global stream.
+        world_size: number of ranks W it is cut over.
+        kind: "contiguous" or "zigzag".
+        cu_seqlens: document boundaries in the stream, from 0 to total_tokens, ascending (empty
+            documents are allowed); None for one document. Needs batch size 1.
+        shard_sizes: tokens of each rank, contiguous only; None for equal pieces.
+
+    Raises:
+        ValueError: a size, kind or boundary that is not possible, with the nearest that is.
+    """
+
+    def __init__(
+        self,
+        total_tokens: int,
+        world_size: int,
+        kind: str = "contiguous",
+        cu_seqlens: Sequence[int] | Tensor | None = None,
+        shard_sizes: Sequence[int] | None = None,
+    ) -> None:
+        self.total_tokens = _positive("total_tokens", total_tokens)
+        self.world_size = _positive("world_size", world_size)
+        if kind not in KINDS:
+            raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
+        self.kind = kind
+        self.cu_seqlens = None if cu_seqlens is None else _boundaries(cu_seqlens, total_tokens)
+        self.shard_sizes = self._shard_sizes(shard_sizes)
+
+    def __repr__(self) -> str:
+        documents = len(self.documents) - 1
+        return (
+            f"Layout({self.total_tokens} tokens, {self.world_size} ranks, {self.kind}, "
+            f"{documents} document{'s' * (documents > 1)})"
+        )
+
+    @cached_property
+    def documents(self) -> tuple[int, ...]:
+        """Boundaries of the documents that hold at least one token, 0 and total_tokens included."""
+        return tuple(sorted({0, self.total_tokens, *(self.cu_seqlens or ())}))
+
+    def ranges(self, rank: int) -> list[tuple[int, int]]:
+        """The global token ranges [start, stop) of `rank`, in its local order."""
+        self._check_rank(rank)
+        if self.kind == "zigzag":
+            size = self.total_tokens // (2 * self.world_size)
+            return [(i * size, (i + 1) * size) for i in (rank, 2 * self.world_size - 1 - rank)]
+        start = sum(self.shard_sizes[:rank])
+        return [(start, start + self.shard_sizes[rank])]
+
+    def local_tokens(self, rank: int) -> int:
+        """How many tokens `rank` holds."""
+        self._check_rank(rank)
+        return self.shard_sizes[rank]
+
+    @cached_property
+    def chain(self) -> list[tuple[int, int]]:
+        """(rank, index of the range on that rank) of every range, in the order of the stream."""
+        owners = [
+            (start, rank, slot)
+            for rank in range(self.world_size)
+            for slot, (start, _) in enumerate(self.ranges(rank))
+        ]
+        return [(rank, slot) for _, rank, slot in sorted(owners)]
+
+    def sources(self, rank: int) -> list[list[tuple[int, int]]]:
+        """For each range of `rank`, the ranges its entering state comes from, as in `chain`.
+
+        They run from the one where the document of its first token begins to the one before it;
+        none when that token begins its document.
+        """
+        routes = []
+        for slot, segments in enumerate(self.segments(rank)):
+            at = self.chain.index((rank, slot))
+            document = segments[0].document
+            begin = next(i for i in range(at + 1) if self._stop(i) > document)
+            routes.append(self.chain[begin:at])
+        return routes
+
+    def targets(self, rank: int) -> list[list[tuple[int, int]]]:
+        """For each range of `rank`, the ranges its last document goes on in, the furthest first.
+
+        The gradient of its leaving state comes from there; none when the document ends with it.
+        """
+        routes = []
+        for slot, segments in enumerate(self.segments(rank)):
+            at = self.chain.index((rank, slot))
+            last = segments[-1].document_stop - 1
+            end = next(i for i in range(at, len(self.chain)) if self._stop(i) > last)
+            routes.append(self.chain[end:at:-1])
+        return routes
+
+    @cached_property
+    def crosses(self) -> bool:
+        """Whether any document lies on more than one range."""
+        cuts = {self._stop(i) for i in range(len(self.chain))}
+        return not cuts <= set(self.documents)
+
+    def segments(self, rank: int) -> list[list[Segment]]:
+        """The segments of `rank`: a list for each of its ranges, in local order."""
+        offset, found = 0, []
+        for start, stop in self.ranges(rank):
+            found.append(list(self._cut(start, stop, offset)))
+            offset += stop - start
+        return found
+
+    def positions(self, rank: int) -> Tensor:
+        """The position of each local token within its document, int64 [local_tokens]."""
+        return torch.cat(
+            [
+                torch.arange(segment.start - segment.document, segment.stop - segment.document)
+                for segments in self.segments(rank)
+                for segment in segments
+            ]
+        )
+
+    def shard(self, x: Tensor, rank: int, dim: int = 1) -> Tensor:
+        """The part of `rank` of a global tensor: tokens along `dim`, in the rank's order."""
+        if x.shape[dim] != self.total_tokens:
+            raise ValueError(
+                f"x has {x.shape[dim]} tokens along dim={dim}, the layout has "
+                f"total_tokens={self.total_tokens}"
+            )
+        return torch.cat([x.narrow(dim, a, b - a) for a, b in self.ranges(rank)], dim)
+
+    def unshard(self, shards: Sequence[Tensor], dim: int = 1) -> Tensor:
+        """The global tensor from the parts of all ranks (a list by rank); undoes `shard`."""
+        if len(shards) != self.world_size:
+            raise ValueError(
+                f"shards holds {len(shards)} tensors, the layout has world_size={self.world_size}"
+            )
+        for rank, x in enumerate(shards):
+            if x.shape[dim] != self.local_tokens(rank):
+                raise ValueError(
+                    f"shards[{rank}] has {x.shape[dim]} tokens along dim={dim}, the layout gives "
+                    f"rank {rank} {self.local_tokens(rank)}"
+                )
+        parts = [
+            x.split([b - a for a, b in self.ranges(rank)], dim) for rank, x in enumerate(shards)
+        ]
+        return torch.cat([parts[rank][slot] for rank, slot in self.chain], dim)
+
+    def _stop(self, place: int) -> int:
+        """One past the last token of the range at `place` in the chain."""
+        rank, slot = self.chain[place]
+        return self.ranges(rank)[slot][1]
+
+    def _cut(self, start: int, stop: int, offset: int) -> Iterator[Segment]:
+        for document, document_stop in pairwise(self.documents):
+            first, last = max(start, document), min(stop, document_stop)
+            if first < last:
+                yield Segment(first, last, offset + first - start, document, document_stop)
+
+    def _shard_sizes(self, sizes: Sequence[int] | None) -> tuple[int, ...]:
+        if sizes is None:
+            pieces = self.world_size * (2 if self.kind == "zigzag" else 1)
+            if self.total_tokens % pieces:
+                below = self.total_tokens // pieces * pieces
+                nearest = ", ".join(str(n) for n in (below, below + pieces) if n)
+                raise ValueError(
+                    f"total_tokens={self.total_tokens} must be a multiple of {pieces} for "
+                    f"kind={self.kind!r} over world_size={self.world_size}; nearest: {nearest}"
+                )
+            return (self.total_tokens // self.world_size,) * self.world_size
+        if self.kind != "contiguous":
+            raise ValueError(f"shard_sizes needs kind='contiguous', not {self.kind!r}")
+        if len(sizes) != self.world_size:
+            raise ValueError(
+                f"shard_sizes has {len(sizes)} entries, one for each of world_size="
+                f"{self.world_size} ranks is needed"
+            )
+        if sum(sizes) != self.total_tokens or min(sizes) < 1:
+            raise ValueError(
+                f"shard_sizes={list(sizes)} must be positive and add up to "
+                f"total_tokens={self.total_tokens}, not {sum(sizes)}"
+            )
+        return tuple(int(size) for size in sizes)
+
+    def _check_rank(self, rank: int) -> None:
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank={rank} must be from 0 to {self.world_size - 1}")
+
+
+def _positive(name: str, value: int) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number from 1; nearest: 1")
+    return value
+
+
+def _boundaries(cu_seqlens: Sequence[int] | Tensor, total_tokens: int) -> tuple[int, ...]:
+    values = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
+    if not values or values[0] != 0:
+        raise ValueError(f"cu_seqlens must start at 0, not {values[:1]}")
+    if values[-1] != total_tokens:
+        raise ValueError(
+            f"cu_seqlens must end at total_tokens={total_tokens}, not {values[-1]}: it counts "
+            "tokens of the global stream, not of one rank"
+        )
+    for i, (a, b) in enumerate(pairwise(values)):
+        if b < a:
+            raise ValueError(f"cu_seqlens[{i + 1}]={b} must not be below cu_seqlens[{i}]={a}")
+    return tuple(int(value) for value in values)

@@ -1,0 +1,197 @@
+"""linear_attention and delta_attention on shards against the token loop: outputs, all gradients."""
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+from harness import assert_close, run_ranks
+from torch import Tensor
+
+import seqpar
+from seqpar.kernels import reference
+
+TOKENS, HEADS, K, V = 192, 2, 6, 5
+PACKED = [0, 1, 40, 96, 97, 160, 160, 192]  # one token, across ranks, cut at a rank's edge, empty
+
+# name -> (function, reference, has beta, shape of log_decay as a function of v's heads)
+FAMILIES: dict[str, tuple[Callable, Callable, bool, Callable | None]] = {
+    "linear": (seqpar.linear_attention, reference.linear_attention, False, None),
+    "constant": (seqpar.linear_attention, reference.linear_attention, False, lambda b, h: (h,)),
+    "scalar": (
+        seqpar.linear_attention,
+        reference.linear_attention,
+        False,
+        lambda b, h: (b, TOKENS, h),
+    ),
+    "diagonal": (
+        seqpar.linear_attention,
+        reference.linear_attention,
+        False,
+        lambda b, h: (b, TOKENS, h, K),
+    ),
+    "delta": (seqpar.delta_attention, reference.delta_attention, True, None),
+    "delta scalar": (
+        seqpar.delta_attention,
+        reference.delta_attention,
+        True,
+        lambda b, h: (b, TOKENS, h),
+    ),
+    "delta diagonal": (
+        seqpar.delta_attention,
+        reference.delta_attention,
+        True,
+        lambda b, h: (b, TOKENS, h, K),
+    ),
+}
+
+
+@cache
+def case(family: str, packed: bool) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    """Global inputs (fp64), output gradient, and the token loop's output and input gradients."""
+    _, spec, has_beta, decay_shape = FAMILIES[family]
+    make = torch.Generator().manual_seed(2 * list(FAMILIES).index(family) + packed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=make)
+
+    batch, value_heads = (1, 2 * HEADS) if packed else (2, HEADS)
+    inputs = {
+        "q": randn(batch, TOKENS, HEADS, K),
+        "k": torch.nn.functional.normalize(randn(batch, TOKENS, HEADS, K), dim=-1),
+        "v": randn(batch, TOKENS, value_heads, V),
+    }
+    if has_beta:
+        inputs["beta"] = 2 * torch.sigmoid(randn(batch, TOKENS, value_heads))
+    if decay_shape is not None:  # from exp(-1e-4) to exp(-20) a token
+        shape = decay_shape(batch, value_heads)
+        exponent = torch.rand(shape, dtype=torch.float64, generator=make) * 5.3 - 4
+        inputs["log_decay"] = -(10**exponent)
+    do = randn(batch, TOKENS, value_heads, V)
+    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+    o, _ = spec(**leaves, cu_seqlens=PACKED if packed else None)
+    gradients = torch.autograd.grad((o * do).sum(), list(leaves.values()))
+    return inputs, do, {"o": o.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def compute(
+    rank: int, layout: seqpar.Layout, family: str, packed: bool, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """This rank's output and gradients."""
+    inputs, do, _ = case(family, packed)
+    sp = seqpar.SequenceParallel(layout=layout)
+    leaves = {
+        name: (x if x.dim() == 1 else layout.shard(x, rank)).to(dtype).requires_grad_()
+        for name, x in inputs.items()
+    }
+    o = FAMILIES[family][0](**leaves, sp=sp)
+    local = layout.shard(do, rank).to(dtype)
+    gradients = torch.autograd.grad((o * local).sum(), list(leaves.values()))
+    return {"o": o.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def check(layout: seqpar.Layout, packed: bool, dtype: torch.dtype, bound: float) -> None:
+    for family in FAMILIES:  # before the fork, so that workers inherit them
+        case(family, packed)
+
+    def work(rank: int) -> dict[str, dict[str, Tensor]]:
+        return {family: compute(rank, layout, family, packed, dtype) for family in FAMILIES}
+
+    ranks = run_ranks(work, layout.world_size)
+    for family in FAMILIES:
+        expected = case(family, packed)[2]
+        for name, value in expected.items():
+            shards = [result[family][name] for result in ranks]
+            if value.dim() == 1:  # a parameter: each rank has its own tokens' share
+                assert_close(f"{family} d{name}", sum(shards), value, bound)
+                continue
+            for rank, shard in enumerate(shards):
+                wanted = layout.shard(value, rank)
+                label = f"{family} {name} on rank {rank} of {layout}"
+                assert_close(label, shard, wanted, bound, whole=value)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_fp64_equals_the_token_loop(world_size: int, kind: str, packed: bool) -> None:
+    layout = seqpar.Layout(TOKENS, world_size, kind, PACKED if packed else None)
+    check(layout, packed, torch.float64, 1e-10)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+def test_uneven_shards_equal_the_token_loop(packed: bool) -> None:
+    layout = seqpar.Layout(
+        TOKENS, 3, cu_seqlens=PACKED if packed else None, shard_sizes=[1, 150, 41]
+    )
+    check(layout, packed, torch.float64, 1e-10)
+
+
+def test_fp32_is_within_1e_5() -> None:
+    check(seqpar.Layout(TOKENS, 2, "zigzag"), False, torch.float32, 1e-5)
+
+
+def test_without_sp_a_rank_holds_whole_sequences() -> None:
+    for family, (function, *_) in FAMILIES.items():
+        inputs, _, expected = case(family, False)
+        assert_close(family, function(**inputs), expected["o"], 1e-10)
+
+
+def test_one_collective_each_way_of_the_minimal_summary() -> None:
+    """A rank receives (P-1) times K·V state elements plus A: 0, 1, K or K·K of them a head."""
+    extra = {"linear": 0, "constant": 1, "scalar": 1, "diagonal": K, "delta": K * K}
+
+    def work(rank: int) -> dict[str, tuple[int, int]]:
+        moved = {}
+        for family in extra:
+            inputs, _, _ = case(family, False)
+            layout = seqpar.Layout(TOKENS, 3)
+            sp = seqpar.SequenceParallel(layout=layout)
+            leaves = {
+                n: (x if x.dim() == 1 else layout.shard(x, rank)).requires_grad_()
+                for n, x in inputs.items()
+            }
+            FAMILIES[family][0](**leaves, sp=sp).sum().backward()
+            traffic = sp.comm.traffic["state"]
+            moved[family] = (traffic.calls, traffic.bytes_received)
+        return moved
+
+    for moved in run_ranks(work, 3):
+        for family, elements in extra.items():
+            state_bytes = 8 * 2 * HEADS * (K * V + elements)  # fp64, batch 2
+            assert moved[family] == (2, 2 * (3 - 1) * state_bytes), family
+
+
+def test_documents_that_end_with_the_rank_exchange_nothing() -> None:
+    def work(rank: int) -> int:
+        layout = seqpar.Layout(64, 2, cu_seqlens=[0, 32, 64])
+        sp = seqpar.SequenceParallel(layout=layout)
+        x = torch.randn(1, 32, 1, 4, requires_grad=True)
+        seqpar.linear_attention(x, x, x, sp=sp).sum().backward()
+        return sp.comm.total().calls
+
+    assert run_ranks(work, 2) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(1, 8, 2)}, "q is .* must be"),
+        ({"k": torch.zeros(1, 8, 2, 3)}, "k is .* must have q's shape"),
+        ({"v": torch.zeros(1, 8, 3, 4)}, "3 heads.* nearest: 2"),
+        ({"v": torch.zeros(1, 7, 2, 4)}, "batch and tokens"),
+        ({"v": torch.zeros(1, 8, 2, 4).half()}, "dtype"),
+        ({"log_decay": torch.zeros(1, 8)}, "log_decay is .* must be"),
+        ({"log_decay": torch.zeros(1, 8, 2).long()}, "floating"),
+        ({"sp": seqpar.SequenceParallel(layout=seqpar.Layout(16, 1))}, "q has 8 tokens"),
+        (
+            {"sp": seqpar.SequenceParallel(layout=seqpar.Layout(8, 1, cu_seqlens=[0, 3, 8]))},
+            "batch size 2",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
+    batch = 2 if "batch size" in message else 1
+    arguments = {name: torch.zeros(batch, 8, 2, 4) for name in "qkv"} | change
+    with pytest.raises(ValueError, match=message):
+        seqpar.linear_attention(**arguments)
