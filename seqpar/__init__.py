@@ -7,6 +7,15 @@ holds it all. Importing this package needs torch only.
 
 from seqpar.attention import delta_attention, linear_attention
 from seqpar.context import SequenceParallel
+from seqpar.conv import causal_conv1d
 from seqpar.layout import Layout
+from seqpar.softmax import softmax_attention
 
-__all__ = ["Layout", "SequenceParallel", "delta_attention", "linear_attention"]
+__all__ = [
+    "Layout",
+    "SequenceParallel",
+    "causal_conv1d",
+    "delta_attention",
+    "linear_attention",
+    "softmax_attention",
+]

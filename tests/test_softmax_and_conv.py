@@ -1,0 +1,159 @@
+"""softmax_attention and causal_conv1d on shards against the dense loops: outputs, all gradients."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from harness import assert_close, run_ranks
+from torch import Tensor
+
+import seqpar
+from seqpar.kernels import reference
+
+TOKENS = 96
+PACKED = [0, 1, 20, 48, 49, 80, 80, 96]
+
+Case = tuple[Callable, Callable, dict[str, Tensor], dict]
+
+
+def softmax_case(batch: int, causal: bool) -> Case:
+    make = torch.Generator().manual_seed(3)
+    shapes = {"q": 4, "k": 2, "v": 2}  # grouped heads
+    inputs = {
+        name: torch.randn(batch, TOKENS, heads, 8, dtype=torch.float64, generator=make)
+        for name, heads in shapes.items()
+    }
+    options = {"causal": causal}
+    return seqpar.softmax_attention, reference.softmax_attention, inputs, options
+
+
+def conv_case(batch: int, width: int) -> Case:
+    make = torch.Generator().manual_seed(4)
+    inputs = {
+        "x": torch.randn(batch, TOKENS, 5, dtype=torch.float64, generator=make),
+        "weight": torch.randn(5, width, dtype=torch.float64, generator=make),
+        "bias": torch.randn(5, dtype=torch.float64, generator=make),
+    }
+    return seqpar.causal_conv1d, reference.causal_conv1d, inputs, {"activation": "silu"}
+
+
+def check(case: Case, layout: seqpar.Layout, dtype: torch.dtype, bound: float) -> None:
+    function, spec, inputs, options = case
+    sharded = {name: x.dim() > 2 for name, x in inputs.items()}  # the others are parameters
+    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+    expected_o = spec(**leaves, **options, cu_seqlens=layout.cu_seqlens)
+    do = torch.randn(expected_o.shape, dtype=torch.float64)
+    gradients = torch.autograd.grad((expected_o * do).sum(), list(leaves.values()))
+    expected = {"o": expected_o.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+    def work(rank: int) -> dict[str, Tensor]:
+        sp = seqpar.SequenceParallel(layout=layout)
+        local = {
+            name: (layout.shard(x, rank) if sharded[name] else x).to(dtype).requires_grad_()
+            for name, x in inputs.items()
+        }
+        o = function(**local, **options, sp=sp)
+        loss = (o * layout.shard(do, rank).to(dtype)).sum()
+        found = torch.autograd.grad(loss, list(local.values()))
+        return {"o": o.detach(), **dict(zip(local, found, strict=True))}
+
+    ranks = run_ranks(work, layout.world_size)
+    for name, value in expected.items():
+        if not sharded.get(name, True):
+            assert_close(f"d{name}", sum(result[name] for result in ranks), value, bound)
+            continue
+        for rank, result in enumerate(ranks):
+            wanted = layout.shard(value, rank)
+            assert_close(f"{name}, rank {rank}", result[name], wanted, bound, whole=value)
+
+
+def layouts(world_size: int, kind: str, packed: bool) -> seqpar.Layout:
+    return seqpar.Layout(TOKENS, world_size, kind, PACKED if packed else None)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_softmax_fp64_equals_the_dense_reference(world_size: int, kind: str, packed: bool) -> None:
+    for causal in (True, False):
+        case = softmax_case(1 if packed else 2, causal)
+        check(case, layouts(world_size, kind, packed), torch.float64, 1e-10)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_conv_fp64_equals_the_token_loop(world_size: int, kind: str, packed: bool) -> None:
+    for width in (1, 4):
+        case = conv_case(1 if packed else 2, width)
+        check(case, layouts(world_size, kind, packed), torch.float64, 1e-10)
+
+
+def test_fp32_is_within_1e_5() -> None:
+    for case in (softmax_case(2, True), conv_case(2, 4)):
+        check(case, layouts(2, "zigzag", False), torch.float32, 1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+def test_uneven_shards_and_halos_over_more_than_one_rank(packed: bool) -> None:
+    """A width of 8 reaches past shards of 2 and 3 tokens."""
+    sizes = [40, 2, 3, TOKENS - 45]
+    layout = seqpar.Layout(TOKENS, 4, cu_seqlens=PACKED if packed else None, shard_sizes=sizes)
+    batch = 1 if packed else 2
+    for case in (softmax_case(batch, True), conv_case(batch, 8)):
+        check(case, layout, torch.float64, 1e-10)
+
+
+def test_a_halo_moves_width_minus_one_tokens_to_the_next_rank() -> None:
+    def work(rank: int) -> tuple[int, int]:
+        sp = seqpar.SequenceParallel(layout=seqpar.Layout(TOKENS, 4))
+        x = torch.randn(1, TOKENS // 4, 5, requires_grad=True)
+        seqpar.causal_conv1d(x, torch.randn(5, 4), sp=sp).sum().backward()
+        return sp.comm.traffic["halo"].calls, sp.comm.traffic["halo"].bytes_sent
+
+    one_way = 3 * 5 * 4  # three tokens of five fp32 channels
+    assert run_ranks(work, 4) == [(2, one_way), (2, 2 * one_way), (2, 2 * one_way), (2, one_way)]
+
+
+def test_softmax_gathers_each_kv_head_once_each_way() -> None:
+    def work(rank: int) -> tuple[int, int]:
+        sp = seqpar.SequenceParallel(layout=seqpar.Layout(TOKENS, 4))
+        q, k = (torch.randn(1, TOKENS // 4, h, 8, requires_grad=True) for h in (4, 2))
+        seqpar.softmax_attention(q, k, k, sp=sp).sum().backward()
+        return sp.comm.traffic["kv"].calls, sp.comm.traffic["kv"].bytes_received
+
+    head = 3 * 2 * (TOKENS // 4) * 8 * 4  # K and V of one head from three other ranks
+    assert run_ranks(work, 4) == [(6, 2 * 3 * head)] * 4  # gathered twice, gradients sent back
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"v": torch.zeros(1, 8, 2, 3)}, "v is .* must have k's shape"),
+        ({"q": torch.zeros(1, 8, 3, 4)}, "2 heads.* divisor of q's 3; nearest: 1"),
+        ({"q": torch.zeros(1, 7, 4, 4)}, "must have q's batch"),
+        ({"method": "rings"}, "method='rings' must be one of auto, allgather"),
+        ({"q": torch.zeros(1, 8, 4, 4).double()}, "one floating dtype"),
+        ({"sp": seqpar.SequenceParallel(layout=seqpar.Layout(16, 1))}, "q has 8 tokens"),
+    ],
+)
+def test_softmax_refuses_what_does_not_fit(change: dict, message: str) -> None:
+    arguments = {"q": torch.zeros(1, 8, 4, 4)} | {n: torch.zeros(1, 8, 2, 4) for n in "kv"} | change
+    with pytest.raises(ValueError, match=message):
+        seqpar.softmax_attention(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(8, 5)}, "x is .* must be"),
+        ({"weight": torch.zeros(4, 4)}, "channels=5"),
+        ({"bias": torch.zeros(4)}, "bias is"),
+        ({"activation": "relu"}, "activation='relu' must be None or 'silu'"),
+        ({"sp": seqpar.SequenceParallel(layout=seqpar.Layout(16, 1))}, "x has 8 tokens"),
+    ],
+)
+def test_conv_refuses_what_does_not_fit(change: dict, message: str) -> None:
+    arguments = {"x": torch.zeros(1, 8, 5), "weight": torch.zeros(5, 4)} | change
+    with pytest.raises(ValueError, match=message):
+        seqpar.causal_conv1d(**arguments)
