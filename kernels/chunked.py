@@ -175,32 +175,3 @@ class _Chunks:
     def join(self, x: Tensor) -> Tensor:
         """[B, n, H, C, D] -> [B, T, H, D]; the padding is dropped."""
         return x.transpose(2, 3).flatten(1, 2).index_select(1, self._tokens)
-
-
-def decayed_scores(x: Tensor, y: Tensor, total: Tensor | None) -> Tensor:
-    """Σ_d x[i,d] y[j,d] exp(total[i,d] - total[j,d]) for j <= i, else 0.
-
-    x, y [..., C, D]; total None, [..., C, 1] or [..., C, D]: sums of log decays from the chunk's
-    start. Only differences <= 0 are exponentiated, whatever the decays: within blocks of 16 tokens
-    pair by pair, across blocks relative to the sum at the later block's start.
-    """
-    if total is None:
-        return (x @ y.mT).tril()
-    future = torch.ones(x.shape[-2], x.shape[-2], dtype=torch.bool, device=x.device).triu(1)
-    if total.shape[-1] == 1:
-        return (x @ y.mT) * (total - total.mT).masked_fill(future, -torch.inf).exp()
-    size = 16
-    rows = []
-    for start in range(0, x.shape[-2], size):
-        here = slice(start, start + size)
-        sums = total[..., here, :]
-        pairs = sums[..., :, None, :] - sums[..., None, :, :]  # [..., 16, 16, D]
-        pairs = pairs.masked_fill(future[:size, :size, None], -torch.inf).exp()
-        row = [(x[..., here, None, :] @ (pairs * y[..., None, here, :]).mT).squeeze(-2)]
-        if start:
-            base = total[..., start - 1 : start, :]
-            earlier = y[..., :start, :] * (base - total[..., :start, :]).exp()
-            row.insert(0, (x[..., here, :] * (sums - base).exp()) @ earlier.mT)
-        padding = x.new_zeros(*row[0].shape[:-1], x.shape[-2] - start - size)
-        rows.append(torch.cat([*row, padding], -1))
-    return torch.cat(rows, -2)

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from seqpar.kernels.chunked import Family, decayed_scores
+from seqpar.kernels.chunked import Family
+from seqpar.kernels.scores import decayed_scores
 from seqpar.kernels.transition import Dense
 
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from seqpar.kernels.chunked import Family, decayed_scores
+from seqpar.kernels.chunked import Family
+from seqpar.kernels.scores import decayed_scores
 from seqpar.kernels.transition import Decay, Identity
 
 

@@ -1,0 +1,114 @@
+"""Layout: who owns which tokens, in any cut, with any documents."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from seqpar import Layout
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> Layout:
+    world_size = draw(st.integers(1, 5))
+    kind = draw(st.sampled_from(["contiguous", "zigzag", "uneven"]))
+    sizes = None
+    if kind == "uneven":
+        sizes = draw(st.lists(st.integers(1, 9), min_size=world_size, max_size=world_size))
+        total = sum(sizes)
+    else:
+        total = draw(st.integers(1, 6)) * world_size * 2
+    cuts = draw(st.none() | st.lists(st.integers(0, total), max_size=8))
+    cu_seqlens = None if cuts is None else [0, *sorted(cuts), total]
+    return Layout(total, world_size, "contiguous" if sizes else kind, cu_seqlens, shard_sizes=sizes)
+
+
+@given(layouts())
+def test_shard_and_unshard_undo_each_other(layout: Layout) -> None:
+    x = torch.arange(2 * layout.total_tokens * 3).view(2, layout.total_tokens, 3)
+    shards = [layout.shard(x, rank) for rank in range(layout.world_size)]
+    assert [s.shape[1] for s in shards] == [layout.local_tokens(r) for r in range(len(shards))]
+    assert torch.equal(layout.unshard(shards), x)
+
+
+@given(layouts())
+def test_positions_count_from_each_document_start(layout: Layout) -> None:
+    bounds = layout.cu_seqlens or (0, layout.total_tokens)
+    expected = torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(bounds)])
+    for rank in range(layout.world_size):
+        assert torch.equal(layout.positions(rank), layout.shard(expected, rank, dim=0))
+
+
+@given(layouts())
+def test_segments_cover_the_ranges_without_crossing_documents(layout: Layout) -> None:
+    for rank in range(layout.world_size):
+        offset = 0
+        for (start, stop), segments in zip(layout.ranges(rank), layout.segments(rank), strict=True):
+            assert [s.start for s in segments] == [start, *(s.stop for s in segments[:-1])]
+            assert segments[-1].stop == stop
+            for s in segments:
+                assert s.document <= s.start < s.stop <= s.document_stop
+                assert s.offset == offset
+                offset += s.stop - s.start
+
+
+@given(layouts())
+def test_sources_and_targets_are_the_same_document_seen_from_both_sides(layout: Layout) -> None:
+    place = {owner: i for i, owner in enumerate(layout.chain)}
+    sources, targets = set(), set()
+    for rank in range(layout.world_size):
+        for slot, route in enumerate(layout.sources(rank)):
+            here = place[rank, slot]
+            assert [place[p] for p in route] == list(range(here - len(route), here))
+            sources |= {(p, (rank, slot)) for p in route}
+        for slot, route in enumerate(layout.targets(rank)):
+            here = place[rank, slot]
+            assert [place[p] for p in route] == list(range(here + len(route), here, -1))
+            targets |= {((rank, slot), p) for p in route}
+    neighbours = {(a, b) for a, b in sources if place[b] == place[a] + 1}
+    assert neighbours == {(a, b) for a, b in targets if place[b] == place[a] + 1}
+    assert layout.crosses == bool(sources) == bool(targets)
+
+
+def test_zigzag_gives_each_rank_an_early_and_a_late_piece() -> None:
+    layout = Layout(16, 2, "zigzag")
+    assert [layout.ranges(rank) for rank in range(2)] == [[(0, 4), (12, 16)], [(4, 8), (8, 12)]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"total_tokens": 1001, "world_size": 4}, "multiple of 4 .* nearest: 1000, 1004"),
+        ({"total_tokens": 12, "world_size": 4, "kind": "zigzag"}, "multiple of 8.*: 8, 16"),
+        ({"total_tokens": 3, "world_size": 4}, "nearest: 4"),
+        ({"total_tokens": 0, "world_size": 1}, "total_tokens=0 must be a whole number from 1"),
+        ({"total_tokens": 8, "world_size": 2, "kind": "striped"}, "kind='striped' must be one of"),
+        ({"total_tokens": 8, "world_size": 2, "cu_seqlens": [1, 8]}, "start at 0"),
+        ({"total_tokens": 8, "world_size": 2, "cu_seqlens": [0, 4]}, "end at total_tokens=8"),
+        ({"total_tokens": 8, "world_size": 2, "cu_seqlens": [0, 5, 4, 8]}, r"cu_seqlens\[2\]=4"),
+        ({"total_tokens": 8, "world_size": 2, "shard_sizes": [3, 4]}, "add up to total_tokens=8"),
+        ({"total_tokens": 8, "world_size": 2, "shard_sizes": [8, 0]}, "must be positive"),
+        ({"total_tokens": 8, "world_size": 2, "shard_sizes": [8]}, "has 1 entries"),
+        (
+            {"total_tokens": 8, "world_size": 2, "kind": "zigzag", "shard_sizes": [4, 4]},
+            "kind='contiguous'",
+        ),
+    ],
+)
+def test_impossible_layouts_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Layout(**arguments)
+
+
+def test_tensors_of_another_length_are_refused() -> None:
+    layout = Layout(8, 2)
+    with pytest.raises(ValueError, match="x has 6 tokens along dim=1"):
+        layout.shard(torch.zeros(1, 6), 0)
+    with pytest.raises(ValueError, match=r"shards\[1\] has 3 tokens"):
+        layout.unshard([torch.zeros(1, 4), torch.zeros(1, 3)])
+    with pytest.raises(ValueError, match="holds 1 tensors"):
+        layout.unshard([torch.zeros(1, 4)])
+    with pytest.raises(ValueError, match="rank=2 must be from 0 to 1"):
+        layout.ranges(2)
