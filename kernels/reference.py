@@ -75,8 +75,9 @@ def dplr_attention(
 ) -> tuple[Tensor, Tensor]:
     """S_t = (diag(exp(log_decay_t)) + b_t a_tᵀ) S_{t-1} + k_t v_tᵀ;  o_t = scale · S_tᵀ q_t.
 
-    Shapes: q, k, a, b, log_decay [B,T,H,K]; v [B,T,H,V].
+    Shapes: q, k [B,T,H,K]; v [B,T,HV,V]; a, b, log_decay [B,T,HV,K].
     """
+    q, k = _spread(q, v), _spread(k, v)
     decay = log_decay.exp()
 
     def step(state: Tensor, t: int) -> Tensor:

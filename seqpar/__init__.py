@@ -5,7 +5,7 @@ states, softmax layers exchange keys and values; outputs and gradients are those
 holds it all. Importing this package needs torch only.
 """
 
-from seqpar.attention import delta_attention, linear_attention
+from seqpar.attention import delta_attention, dplr_attention, linear_attention
 from seqpar.context import SequenceParallel
 from seqpar.conv import causal_conv1d
 from seqpar.layout import Layout
@@ -16,6 +16,7 @@ __all__ = [
     "SequenceParallel",
     "causal_conv1d",
     "delta_attention",
+    "dplr_attention",
     "linear_attention",
     "softmax_attention",
 ]

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from seqpar.context import SequenceParallel
 from seqpar.kernels.delta import DELTA
+from seqpar.kernels.dplr import DPLR
 from seqpar.kernels.linear import DECAYED_LINEAR, LINEAR
 from seqpar.recurrence import recurrence
 
@@ -85,6 +86,41 @@ def delta_attention(
         gates.append(_check_decay(log_decay, k, v, constant=False))
     q, k = _spread(q, v), _spread(k, v)
     return recurrence(DELTA, q, k, v, gates, _scale(scale, q), sp)
+
+
+def dplr_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    sp: SequenceParallel | None = None,
+) -> Tensor:
+    """A recurrence whose transition is diagonal plus rank one: RWKV-7 (arXiv 2503.14456).
+
+        S_t = (diag(exp(log_decay_t)) + b_t a_tᵀ) S_{t-1} + k_t v_tᵀ;   o_t = scale · S_tᵀ q_t
+
+    Args:
+        q, k, v, scale, sp: as in `linear_attention`.
+        a, b, log_decay: [B, T, HV, K]; log_decay is a natural log, <= 0.
+
+    Returns:
+        o [B, T, HV, V] in v's dtype.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit each other or the layout.
+    """
+    _check_qkv(q, k, v, sp)
+    wanted = [*v.shape[:3], k.shape[-1]]
+    for name, x in (("a", a), ("b", b), ("log_decay", log_decay)):
+        if list(x.shape) != wanted:
+            raise ValueError(f"{name} is {_shape(x)}, it must be [B, T, HV, K] = {wanted}")
+        _check_floating(name, x)
+    q, k = _spread(q, v), _spread(k, v)
+    return recurrence(DPLR, q, k, v, [a, b, log_decay], _scale(scale, q), sp)
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor, sp: SequenceParallel | None) -> None:

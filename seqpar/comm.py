@@ -5,10 +5,12 @@ names the kind of work it serves; `Communicator.traffic[kind]` counts calls, byt
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -17,6 +19,9 @@ _all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 _reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -63,6 +68,8 @@ class Communicator:
         self.rank = dist.get_rank(group) if group is not None else 0
         self.size = dist.get_world_size(group) if group is not None else 1
         self.traffic: dict[str, Traffic] = {}
+        self._thread: ThreadPoolExecutor | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     def total(self) -> Traffic:
         """The sum of all kinds of traffic so far."""
@@ -118,6 +125,67 @@ class Communicator:
             out, x, list(receive_rows), list(send_rows), group=self.group, async_op=True
         )
         return Pending(out, work, traffic)
+
+    def send(self, x: Tensor, to: int, kind: str = "other") -> Any:
+        """Start sending `x` to rank `to`; keep `x` until the returned work has been waited for."""
+        self._count(kind, x.numel() * x.element_size(), 0)
+        return dist.isend(x.contiguous(), group=self.group, group_dst=to)
+
+    def receive(self, out: Tensor, source: int, kind: str = "other") -> Any:
+        """Start receiving into `out` (contiguous) from `source`; wait for the returned work."""
+        self._count(kind, 0, out.numel() * out.element_size())
+        return dist.irecv(out, group=self.group, group_src=source)
+
+    def send_receive(
+        self,
+        sends: Sequence[tuple[Tensor, int]],
+        receives: Sequence[tuple[Tensor, int]],
+        kind: str = "other",
+    ) -> list[Any]:
+        """Start sends (tensor, to) and receives (out, source) that may meet each other."""
+        operations = [
+            dist.P2POp(dist.isend, x.contiguous(), group=self.group, group_peer=peer)
+            for x, peer in sends
+        ]
+        operations += [
+            dist.P2POp(dist.irecv, x, group=self.group, group_peer=peer) for x, peer in receives
+        ]
+        for x, _ in sends:
+            self._count(kind, x.numel() * x.element_size(), 0)
+        for x, _ in receives:
+            self._count(kind, 0, x.numel() * x.element_size())
+        return dist.batch_isend_irecv(operations) if operations else []
+
+    def background(
+        self, work: Callable[[], T], device: torch.device, kind: str = "other"
+    ) -> Callable[[], T]:
+        """Start `work`, a chain of messages and arithmetic, beside what the caller does next.
+
+        On a GPU it is put on a stream of its own at once; on a CPU a thread runs it. The returned
+        function waits for it and gives its result, or raises what it raised.
+        """
+        traffic = self.traffic.setdefault(kind, Traffic())
+        if device.type == "cuda":
+            stream = self._stream = self._stream or torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                result = work()
+
+            def joined() -> T:
+                torch.cuda.current_stream(device).wait_stream(stream)
+                return result
+
+            return joined
+        self._thread = self._thread or ThreadPoolExecutor(1, "seqpar")
+        future = self._thread.submit(work)
+
+        def finished() -> T:
+            begin = time.perf_counter()
+            result = future.result()
+            traffic.seconds_waited += time.perf_counter() - begin
+            return result
+
+        return finished
 
     def all_reduce(self, x: Tensor, op: str = "sum", kind: str = "other") -> Tensor:
         """The elementwise `op` ("sum", "max" or "min") of `x` over ranks, as a new tensor."""

@@ -4,6 +4,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seqpar.comm import Communicator
+from seqpar.cost import Choice, Links, choose, nodes_of
 from seqpar.exchange import EXCHANGES
 from seqpar.layout import Layout
 
@@ -16,8 +17,10 @@ class SequenceParallel:
             or any other). None: the default group, or nobody when the layout has one rank.
         layout: which rank holds which tokens.
         exchange: how memory states cross ranks: "auto", or a name in `seqpar.exchange.EXCHANGES`.
+        comm: a communicator to go on counting with, instead of a new one for `group`.
+        links: what "auto" reckons with (`seqpar.cost.measure`, or given, alike on all ranks).
 
-    Attributes: layout, exchange; comm, the counted communicator; rank, this rank in the group.
+    Attributes: layout, exchange, links; comm, the counted communicator; rank, in the group.
 
     Raises:
         ValueError: the group's size is not the layout's, or the exchange is unknown.
@@ -30,6 +33,7 @@ class SequenceParallel:
         exchange: str = "auto",
         *,
         comm: Communicator | None = None,
+        links: Links | None = None,
     ) -> None:
         if layout is None:
             raise ValueError("layout=None: a Layout is needed, it says which tokens a rank holds")
@@ -44,7 +48,22 @@ class SequenceParallel:
                 f"layout has world_size={layout.world_size}, the process group has {comm.size} "
                 f"ranks; build the Layout with world_size={comm.size}"
             )
+        links = links or Links(nodes_of(comm))
+        if len(links.nodes) != comm.size:
+            raise ValueError(
+                f"links.nodes names the nodes of {len(links.nodes)} ranks, "
+                f"the group has {comm.size}"
+            )
         self.layout, self.exchange, self.comm, self.rank = layout, exchange, comm, comm.rank
+        self.links = links
+        self._choices: dict[tuple[int, int], Choice] = {}
+
+    def choice(self, A_bytes: int, B_bytes: int) -> Choice:
+        """The exchange for summaries (A, B) of these sizes; print it to see why."""
+        key = A_bytes, B_bytes
+        if key not in self._choices:
+            self._choices[key] = choose(self.exchange, self.layout.chain, self.links, *key)
+        return self._choices[key]
 
     def check_shard(self, name: str, x: Tensor) -> None:
         """Raise ValueError unless `x` [B, T, ...] is this rank's shard under the layout."""

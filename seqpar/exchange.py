@@ -1,50 +1,262 @@
-"""How memory states cross ranks: the scan of segment summaries along each document.
+"""How memory states cross ranks: the exclusive scan of segment summaries along each document.
 
-An exchange takes the summary (A, B) of each range of this rank, stacked along the first dimension,
-and `routes`: for each range, the places (rank, range) whose summaries fold, in that order, into the
-state it needs. It starts at once and returns a function that waits and gives those states. The
-backward pass is the same call with A transposed and the routes of the other direction.
+Every exchange is called alike: `exchange(transition, A, B, chain, comm, **options)` with the
+summaries (A, B) of this rank's ranges, stacked along the first dimension. It starts at once and
+returns a function that waits and gives the state entering each range, None where none enters. The
+backward pass is the same call with A transposed and `chain.backwards`.
+
+What each one sends, how long it takes, and when it is chosen: docs/exchanges.md.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import groupby, zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from seqpar.chain import Chain
 from seqpar.comm import Communicator
 from seqpar.kernels.transition import Transition
 
-Routes = Sequence[Sequence[tuple[int, int]]]
-# one state [B, H, K, V] for each range, None where no state enters
 States = Callable[[], list[Tensor | None]]
+KIND = "state"
+
+
+# (transition, A [ranges, B, H, ...] as in seqpar.kernels.transition, B [ranges, B, H, K, V], ...)
+Exchange = Callable[..., States]
 
 
 def allgather(
-    transition: Transition, A: Tensor, B: Tensor, routes: Routes, comm: Communicator
+    transition: Transition, A: Tensor, B: Tensor, chain: Chain, comm: Communicator
 ) -> States:
-    """One all-gather of every range's (A, B); each rank folds what it needs (arXiv 2502.07563).
-
-    A [ranges, B, H, ...] as in `seqpar.kernels.transition`, B [ranges, B, H, K, V].
-    """
-    pending = comm.all_gather(torch.cat([A.flatten(1), B.flatten(1)], 1), kind="state")
+    """One all-gather of every summary; each rank folds what it needs (LASP-2, arXiv 2502.07563)."""
+    pending = comm.all_gather(_pack(A, B), KIND)
 
     def states() -> list[Tensor | None]:
-        gathered = pending.wait()  # [P, ranges, size of A + size of B]
-        parts = gathered.split([A[0].numel(), B[0].numel()], -1)
-        all_A = parts[0].unflatten(-1, A.shape[1:]) if A.numel() else A.expand(comm.size, *A.shape)
-        all_B = parts[1].unflatten(-1, B.shape[1:])
-        folded: list[Tensor | None] = []
-        for route in routes:
-            if not route:
-                folded.append(None)
-                continue
-            state = all_B[route[0]]
-            for place in route[1:]:
-                state = transition.apply(all_A[place], state) + all_B[place]
-            folded.append(state)
-        return folded
+        gathered_A, gathered_B = _unpack(pending.wait(), A, B)  # [P, ranges, ...]
+        entering: list[Tensor | None] = [None] * len(B)
+        for position, slot in chain.of(comm.rank):
+            state = None
+            for place in chain.places[chain.begin(position) : position]:
+                state = _through(transition, gathered_A[place], gathered_B[place], state)
+            entering[slot] = state
+        return entering
 
     return states
 
 
-EXCHANGES = {"allgather": allgather}
+def allscan(
+    transition: Transition,
+    A: Tensor,
+    B: Tensor,
+    chain: Chain,
+    comm: Communicator,
+    blocks: int = 1,
+) -> States:
+    """States flow from range to range in `blocks` pieces, S_out = A S_in + B applied at each hop.
+
+    A never travels. With one block this is the ring of LASP (arXiv 2404.02882), with several the
+    All-Scan of ZeCO (arXiv 2507.01004). The cut is along V: columns of the state are independent
+    for every transition, so All-Scan serves dense ones as well.
+    """
+    widths = [len(part) for part in torch.arange(B.shape[-1]).chunk(blocks)]
+
+    def work() -> list[Tensor | None]:
+        entering: list[Tensor | None] = [None] * len(B)
+        handed: list[Tensor] = []  # from one range of this rank to the next
+        sending = []
+        for position, slot in chain.of(comm.rank):
+            arrived = []
+            for part in B[slot].split(widths, -1):
+                state = None
+                if chain.linked[position]:
+                    source = chain.owner(position - 1)
+                    state = handed.pop(0) if source == comm.rank else _receive(comm, part, source)
+                    arrived.append(state)
+                if chain.sends(position):
+                    carried = state if chain.through[position] else None
+                    out = _through(transition, A[slot], part, carried)
+                    target = chain.owner(position + 1)
+                    if target == comm.rank:
+                        handed.append(out)
+                    else:
+                        sending.append(_send(comm, out, target))
+            entering[slot] = torch.cat(arrived, -1) if arrived else None
+        _finish(sending)
+        return entering
+
+    return comm.background(work, B.device, KIND)
+
+
+def doubling(
+    transition: Transition, A: Tensor, B: Tensor, chain: Chain, comm: Communicator
+) -> States:
+    """log2 rounds: in round d, each range receives the composed summary of the d ranges that end d
+    places before it (Hillis and Steele, 1986). A travels with B.
+    """
+
+    def work() -> list[Tensor | None]:
+        mine = chain.of(comm.rank)
+        upto = {i: (A[slot], B[slot]) for i, slot in mine}  # ranges up to and with i
+        before: dict[int, tuple[Tensor, Tensor]] = {}  # ranges before i
+        distance = 1
+        while distance < len(chain):
+            sends = [
+                (_pack(upto[i][0][None], upto[i][1][None])[0], chain.owner(i + distance), i)
+                for i, _ in mine
+                if i + distance < len(chain) and chain.begin(i + distance) <= i
+            ]
+            wanted = [i for i, _ in mine if chain.begin(i) <= i - distance]
+            outs = {i: B.new_empty(A[0].numel() + B[0].numel()) for i in wanted}
+            local = {i + distance: x for x, owner, i in sends if owner == comm.rank}
+            works = comm.send_receive(
+                [(x, owner) for x, owner, _ in sends if owner != comm.rank],
+                [(outs[i], chain.owner(i - distance)) for i in wanted if i not in local],
+                KIND,
+            )
+            _finish([(work, None) for work in works])
+            for i in wanted:
+                got_A, got_B = _unpack(local.get(i, outs[i])[None], A, B)
+                first = got_A[0], got_B[0]
+                before[i] = _compose(transition, before[i], first) if i in before else first
+                if chain.through[i]:
+                    upto[i] = _compose(transition, upto[i], first)
+            distance *= 2
+        return _by_slot(len(B), {slot: before[i][1] for i, slot in mine if i in before})
+
+    return comm.background(work, B.device, KIND)
+
+
+def twolevel(
+    transition: Transition,
+    A: Tensor,
+    B: Tensor,
+    chain: Chain,
+    comm: Communicator,
+    nodes: Sequence[int],
+) -> States:
+    """Within nodes every range hands its summary to those after it; one state a node crosses over.
+
+    A node's last range receives the state that enters the node, sends on the one that leaves it,
+    and hands the first to its neighbours. `nodes` gives the node of each rank.
+    """
+    runs = [
+        list(positions)
+        for _, positions in groupby(range(len(chain)), lambda i: nodes[chain.owner(i)])
+    ]
+
+    def work() -> list[Tensor | None]:
+        slots = dict(chain.of(comm.rank))
+        summaries = _share(A, B, chain, comm, runs)
+        entering: dict[int, Tensor] = {}
+        leaving: Tensor | None = None
+        sending = []
+        for node, following in zip_longest(runs, runs[1:]):
+            first, last = node[0], node[-1]
+            leader = chain.owner(last)
+            fed = [i for i in node if chain.begin(i) < first]
+            arrived: Tensor | None = None
+            if fed and leader == comm.rank:
+                source = chain.owner(first - 1)
+                arrived = leaving if source == comm.rank else _receive(comm, B[0], source)
+            elif any(i in slots for i in fed):
+                arrived = _receive(comm, B[0], leader)
+            for i in (i for i in node if i in slots):
+                state = arrived if i in fed else None
+                for j in range(max(chain.begin(i), first), i):
+                    state = _through(transition, *summaries[j], state)
+                if state is not None:
+                    entering[slots[i]] = state
+            if leader != comm.rank:
+                continue
+            if following and chain.sends(last):
+                slot = slots[last]
+                carried = entering.get(slot) if chain.through[last] else None
+                leaving = _through(transition, A[slot], B[slot], carried)
+                target = chain.owner(following[-1])
+                if target != comm.rank:
+                    sending.append(_send(comm, leaving, target))
+            if arrived is not None:
+                neighbours = sorted({chain.owner(i) for i in fed} - {comm.rank})
+                sending += [_send(comm, arrived, neighbour) for neighbour in neighbours]
+        _finish(sending)
+        return _by_slot(len(B), entering)
+
+    return comm.background(work, B.device, KIND)
+
+
+EXCHANGES: dict[str, Exchange] = {
+    "allgather": allgather,
+    "ring": allscan,
+    "allscan": allscan,
+    "doubling": doubling,
+    "twolevel": twolevel,
+}
+
+
+def _share(
+    A: Tensor, B: Tensor, chain: Chain, comm: Communicator, runs: list[list[int]]
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """The summaries this rank needs of positions on its own node, its own included."""
+    slots = dict(chain.of(comm.rank))
+    summaries = {i: (A[slot], B[slot]) for i, slot in slots.items()}
+    sends, receives = [], []
+    for node in runs:
+        for i in node:
+            needing = {chain.owner(j) for j in node if chain.begin(j) <= i < j}
+            if i in slots:
+                packed = _pack(A[slots[i], None], B[slots[i], None])[0]
+                sends += [(packed, rank) for rank in sorted(needing - {comm.rank})]
+            elif comm.rank in needing:
+                receives.append((i, B.new_empty(A[0].numel() + B[0].numel())))
+    works = comm.send_receive(sends, [(out, chain.owner(i)) for i, out in receives], KIND)
+    _finish([(work, None) for work in works])
+    for i, out in receives:
+        got_A, got_B = _unpack(out[None], A, B)
+        summaries[i] = got_A[0], got_B[0]
+    return summaries
+
+
+def _through(transition: Transition, A: Tensor, B: Tensor, state: Tensor | None) -> Tensor:
+    """The state that leaves a range; `state` None where none enters or its document ends there."""
+    return B if state is None else transition.apply(A, state) + B
+
+
+def _compose(
+    transition: Transition, later: tuple[Tensor, Tensor], first: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    (A2, B2), (A1, B1) = later, first
+    return transition.product(A2, A1), transition.apply(A2, B1) + B2
+
+
+def _pack(A: Tensor, B: Tensor) -> Tensor:
+    """[ranges, ...] each -> [ranges, elements of one A and one B]."""
+    return torch.cat([A.flatten(1), B.flatten(1)], 1)
+
+
+def _unpack(packed: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., elements] -> A and B of one range each, [..., *shape]."""
+    parts = packed.split([A[0].numel(), B[0].numel()], -1)
+    lead = packed.shape[:-1]
+    return parts[0].reshape(*lead, *A.shape[1:]), parts[1].reshape(*lead, *B.shape[1:])
+
+
+def _send(comm: Communicator, x: Tensor, to: int) -> tuple[Any, Tensor]:
+    x = x.contiguous()
+    return comm.send(x, to, KIND), x  # x must live until the work is done
+
+
+def _receive(comm: Communicator, like: Tensor, source: int) -> Tensor:
+    out = like.new_empty(like.shape)
+    comm.receive(out, source, KIND).wait()
+    return out
+
+
+def _finish(sending: list[tuple[Any, Any]]) -> None:
+    for work, _ in sending:
+        work.wait()
+
+
+def _by_slot(ranges: int, entering: dict[int, Tensor]) -> list[Tensor | None]:
+    return [entering.get(slot) for slot in range(ranges)]

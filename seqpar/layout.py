@@ -1,5 +1,6 @@
 """Which tokens of the global stream a rank owns, in which order, and where documents begin."""
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,6 +8,8 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from seqpar.chain import Chain
 
 KINDS = ("contiguous", "zigzag")
 
@@ -74,6 +77,7 @@ class Layout:
         self.kind = kind
         self.cu_seqlens = None if cu_seqlens is None else _boundaries(cu_seqlens, total_tokens)
         self.shard_sizes = self._shard_sizes(shard_sizes)
+        self._segments: dict[int, list[list[Segment]]] = {}
 
     def __repr__(self) -> str:
         documents = len(self.documents) - 1
@@ -102,55 +106,31 @@ class Layout:
         return self.shard_sizes[rank]
 
     @cached_property
-    def chain(self) -> list[tuple[int, int]]:
-        """(rank, index of the range on that rank) of every range, in the order of the stream."""
-        owners = [
-            (start, rank, slot)
+    def chain(self) -> Chain:
+        """Every range of every rank, in the order of the stream."""
+        ranges = [
+            (segments[0], segments[-1], rank, slot)
             for rank in range(self.world_size)
-            for slot, (start, _) in enumerate(self.ranges(rank))
+            for slot, segments in enumerate(self.segments(rank))
         ]
-        return [(rank, slot) for _, rank, slot in sorted(owners)]
-
-    def sources(self, rank: int) -> list[list[tuple[int, int]]]:
-        """For each range of `rank`, the ranges its entering state comes from, as in `chain`.
-
-        They run from the one where the document of its first token begins to the one before it;
-        none when that token begins its document.
-        """
-        routes = []
-        for slot, segments in enumerate(self.segments(rank)):
-            at = self.chain.index((rank, slot))
-            document = segments[0].document
-            begin = next(i for i in range(at + 1) if self._stop(i) > document)
-            routes.append(self.chain[begin:at])
-        return routes
-
-    def targets(self, rank: int) -> list[list[tuple[int, int]]]:
-        """For each range of `rank`, the ranges its last document goes on in, the furthest first.
-
-        The gradient of its leaving state comes from there; none when the document ends with it.
-        """
-        routes = []
-        for slot, segments in enumerate(self.segments(rank)):
-            at = self.chain.index((rank, slot))
-            last = segments[-1].document_stop - 1
-            end = next(i for i in range(at, len(self.chain)) if self._stop(i) > last)
-            routes.append(self.chain[end:at:-1])
-        return routes
-
-    @cached_property
-    def crosses(self) -> bool:
-        """Whether any document lies on more than one range."""
-        cuts = {self._stop(i) for i in range(len(self.chain))}
-        return not cuts <= set(self.documents)
+        ranges.sort(key=lambda found: found[0].start)
+        return Chain(
+            tuple((rank, slot) for _, _, rank, slot in ranges),
+            tuple(first.continues for first, _, _, _ in ranges),
+            tuple(
+                first == last and first.continues and last.continued for first, last, _, _ in ranges
+            ),
+        )
 
     def segments(self, rank: int) -> list[list[Segment]]:
         """The segments of `rank`: a list for each of its ranges, in local order."""
-        offset, found = 0, []
-        for start, stop in self.ranges(rank):
-            found.append(list(self._cut(start, stop, offset)))
-            offset += stop - start
-        return found
+        if rank not in self._segments:
+            offset, found = 0, []
+            for start, stop in self.ranges(rank):
+                found.append(list(self._cut(start, stop, offset)))
+                offset += stop - start
+            self._segments[rank] = found
+        return self._segments[rank]
 
     def positions(self, rank: int) -> Tensor:
         """The position of each local token within its document, int64 [local_tokens]."""
@@ -186,18 +166,15 @@ class Layout:
         parts = [
             x.split([b - a for a, b in self.ranges(rank)], dim) for rank, x in enumerate(shards)
         ]
-        return torch.cat([parts[rank][slot] for rank, slot in self.chain], dim)
-
-    def _stop(self, place: int) -> int:
-        """One past the last token of the range at `place` in the chain."""
-        rank, slot = self.chain[place]
-        return self.ranges(rank)[slot][1]
+        return torch.cat([parts[rank][slot] for rank, slot in self.chain.places], dim)
 
     def _cut(self, start: int, stop: int, offset: int) -> Iterator[Segment]:
-        for document, document_stop in pairwise(self.documents):
+        nearby = slice(
+            bisect_right(self.documents, start) - 1, bisect_left(self.documents, stop) + 1
+        )
+        for document, document_stop in pairwise(self.documents[nearby]):
             first, last = max(start, document), min(stop, document_stop)
-            if first < last:
-                yield Segment(first, last, offset + first - start, document, document_stop)
+            yield Segment(first, last, offset + first - start, document, document_stop)
 
     def _shard_sizes(self, sizes: Sequence[int] | None) -> tuple[int, ...]:
         if sizes is None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from seqpar.chain import Chain
 from seqpar.context import SequenceParallel
-from seqpar.exchange import EXCHANGES, Routes, States
+from seqpar.exchange import EXCHANGES, States
 from seqpar.kernels.chunked import Family
 from seqpar.kernels.transition import Transition
 from seqpar.layout import Layout, Segment
@@ -51,7 +52,7 @@ class _Recurrence(torch.autograd.Function):
         ranges = sp.layout.segments(sp.rank)
         lengths = (s.stop - s.start for segments in ranges for s in segments)
         offsets = [0, *accumulate(lengths)]
-        exchanged = sp.layout.crosses
+        exchanged = any(sp.layout.chain.linked)
 
         A = k.new_zeros(0)
         arriving: States | None = None
@@ -62,7 +63,7 @@ class _Recurrence(torch.autograd.Function):
             ]
             A = torch.stack([A for A, _ in summaries])
             B = torch.stack([B for _, B in summaries])
-            arriving = _start(sp, family.transition, A, B, sp.layout.sources(sp.rank))
+            arriving = _start(sp, family.transition, A, B, sp.layout.chain)
 
         state_dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
         blank = k.new_zeros(
@@ -97,7 +98,7 @@ class _Recurrence(torch.autograd.Function):
                 ]
             )
             back = family.transition.adjoint(A)
-            arriving = _start(sp, family.transition, back, dS, sp.layout.targets(sp.rank))
+            arriving = _start(sp, family.transition, back, dS, sp.layout.chain.backwards)
 
         leaving = _place(torch.zeros_like(entering), ranges, first=False, states=arriving)
         gradients = family.run_backward(
@@ -107,10 +108,12 @@ class _Recurrence(torch.autograd.Function):
 
 
 def _start(
-    sp: SequenceParallel, transition: Transition, A: Tensor, B: Tensor, routes: Routes
+    sp: SequenceParallel, transition: Transition, A: Tensor, B: Tensor, chain: Chain
 ) -> States:
-    name = "allgather" if sp.exchange == "auto" else sp.exchange
-    return EXCHANGES[name](transition, A.contiguous(), B, routes, sp.comm)
+    sizes = (x[0].numel() * x.element_size() for x in (A, B))
+    choice = sp.choice(*sizes)
+    start = EXCHANGES[choice.name]
+    return start(transition, A.contiguous(), B, chain, sp.comm, **choice.options)
 
 
 def _place(

@@ -55,21 +55,24 @@ def test_segments_cover_the_ranges_without_crossing_documents(layout: Layout) ->
 
 
 @given(layouts())
-def test_sources_and_targets_are_the_same_document_seen_from_both_sides(layout: Layout) -> None:
-    place = {owner: i for i, owner in enumerate(layout.chain)}
-    sources, targets = set(), set()
-    for rank in range(layout.world_size):
-        for slot, route in enumerate(layout.sources(rank)):
-            here = place[rank, slot]
-            assert [place[p] for p in route] == list(range(here - len(route), here))
-            sources |= {(p, (rank, slot)) for p in route}
-        for slot, route in enumerate(layout.targets(rank)):
-            here = place[rank, slot]
-            assert [place[p] for p in route] == list(range(here + len(route), here, -1))
-            targets |= {((rank, slot), p) for p in route}
-    neighbours = {(a, b) for a, b in sources if place[b] == place[a] + 1}
-    assert neighbours == {(a, b) for a, b in targets if place[b] == place[a] + 1}
-    assert layout.crosses == bool(sources) == bool(targets)
+def test_the_chain_links_ranges_that_share_a_document(layout: Layout) -> None:
+    """By definition, token by token: a state crosses where two neighbours are of one document."""
+    bounds = layout.cu_seqlens or (0, layout.total_tokens)
+    document = torch.bucketize(torch.arange(layout.total_tokens), torch.tensor(bounds), right=True)
+    chain = layout.chain
+    ranges = [layout.ranges(rank)[slot] for rank, slot in chain.places]
+    assert ranges == sorted(ranges)
+    for i, (start, stop) in enumerate(ranges):
+        enters = start > 0 and document[start - 1] == document[start]
+        leaves = stop < layout.total_tokens and document[stop - 1] == document[stop]
+        whole = document[start] == document[stop - 1]
+        assert chain.linked[i] == enters
+        assert chain.sends(i) == leaves
+        assert chain.through[i] == bool(enters and leaves and whole)
+        first = next((j for j in range(i) if document[ranges[j][1] - 1] == document[start]), i)
+        assert chain.begin(i) == first
+        assert chain.backwards.linked[len(chain) - 1 - i] == leaves
+    assert chain.backwards.backwards == chain
 
 
 def test_zigzag_gives_each_rank_an_early_and_a_late_piece() -> None:

@@ -14,34 +14,35 @@ from seqpar.kernels import reference
 TOKENS, HEADS, K, V = 192, 2, 6, 5
 PACKED = [0, 1, 40, 96, 97, 160, 160, 192]  # one token, across ranks, cut at a rank's edge, empty
 
-# name -> (function, reference, has beta, shape of log_decay as a function of v's heads)
-FAMILIES: dict[str, tuple[Callable, Callable, bool, Callable | None]] = {
-    "linear": (seqpar.linear_attention, reference.linear_attention, False, None),
-    "constant": (seqpar.linear_attention, reference.linear_attention, False, lambda b, h: (h,)),
-    "scalar": (
+EXCHANGES = ("allgather", "ring", "allscan", "doubling", "twolevel")
+
+# what a family takes besides q, k, v: [B, T, HV], [B, T, HV, int], or a "constant" [HV]
+Gates = dict[str, int | str | None]
+# name -> (function, reference, gates)
+FAMILIES: dict[str, tuple[Callable, Callable, Gates]] = {
+    "linear": (seqpar.linear_attention, reference.linear_attention, {}),
+    "constant": (
         seqpar.linear_attention,
         reference.linear_attention,
-        False,
-        lambda b, h: (b, TOKENS, h),
+        {"log_decay": "constant"},
     ),
-    "diagonal": (
-        seqpar.linear_attention,
-        reference.linear_attention,
-        False,
-        lambda b, h: (b, TOKENS, h, K),
-    ),
-    "delta": (seqpar.delta_attention, reference.delta_attention, True, None),
+    "scalar": (seqpar.linear_attention, reference.linear_attention, {"log_decay": None}),
+    "diagonal": (seqpar.linear_attention, reference.linear_attention, {"log_decay": K}),
+    "delta": (seqpar.delta_attention, reference.delta_attention, {"beta": None}),
     "delta scalar": (
         seqpar.delta_attention,
         reference.delta_attention,
-        True,
-        lambda b, h: (b, TOKENS, h),
+        {"beta": None, "log_decay": None},
     ),
     "delta diagonal": (
         seqpar.delta_attention,
         reference.delta_attention,
-        True,
-        lambda b, h: (b, TOKENS, h, K),
+        {"beta": None, "log_decay": K},
+    ),
+    "dplr": (
+        seqpar.dplr_attention,
+        reference.dplr_attention,
+        {"a": K, "b": K, "log_decay": K},
     ),
 }
 
@@ -49,7 +50,7 @@ FAMILIES: dict[str, tuple[Callable, Callable, bool, Callable | None]] = {
 @cache
 def case(family: str, packed: bool) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
     """Global inputs (fp64), output gradient, and the token loop's output and input gradients."""
-    _, spec, has_beta, decay_shape = FAMILIES[family]
+    _, spec, gates = FAMILIES[family]
     make = torch.Generator().manual_seed(2 * list(FAMILIES).index(family) + packed)
 
     def randn(*shape: int) -> Tensor:
@@ -61,12 +62,16 @@ def case(family: str, packed: bool) -> tuple[dict[str, Tensor], Tensor, dict[str
         "k": torch.nn.functional.normalize(randn(batch, TOKENS, HEADS, K), dim=-1),
         "v": randn(batch, TOKENS, value_heads, V),
     }
-    if has_beta:
-        inputs["beta"] = 2 * torch.sigmoid(randn(batch, TOKENS, value_heads))
-    if decay_shape is not None:  # from exp(-1e-4) to exp(-20) a token
-        shape = decay_shape(batch, value_heads)
-        exponent = torch.rand(shape, dtype=torch.float64, generator=make) * 5.3 - 4
-        inputs["log_decay"] = -(10**exponent)
+    for name, width in gates.items():
+        shape = [value_heads] if width == "constant" else [batch, TOKENS, value_heads]
+        x = randn(*shape, width) if isinstance(width, int) else randn(*shape)
+        if name == "log_decay":  # from exp(-1e-4) to exp(-20) a token
+            x = -(10 ** (torch.rand(x.shape, dtype=torch.float64, generator=make) * 5.3 - 4))
+        elif name == "beta":
+            x = 2 * torch.sigmoid(x)
+        else:  # a and b: a rank-one update that keeps the state bounded
+            x = torch.nn.functional.normalize(x, dim=-1) * 0.7
+        inputs[name] = x
     do = randn(batch, TOKENS, value_heads, V)
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
     o, _ = spec(**leaves, cu_seqlens=PACKED if packed else None)
@@ -75,11 +80,16 @@ def case(family: str, packed: bool) -> tuple[dict[str, Tensor], Tensor, dict[str
 
 
 def compute(
-    rank: int, layout: seqpar.Layout, family: str, packed: bool, dtype: torch.dtype
+    rank: int,
+    layout: seqpar.Layout,
+    family: str,
+    packed: bool,
+    dtype: torch.dtype,
+    exchange: str,
 ) -> dict[str, Tensor]:
     """This rank's output and gradients."""
     inputs, do, _ = case(family, packed)
-    sp = seqpar.SequenceParallel(layout=layout)
+    sp = seqpar.SequenceParallel(layout=layout, exchange=exchange)
     leaves = {
         name: (x if x.dim() == 1 else layout.shard(x, rank)).to(dtype).requires_grad_()
         for name, x in inputs.items()
@@ -90,12 +100,20 @@ def compute(
     return {"o": o.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
-def check(layout: seqpar.Layout, packed: bool, dtype: torch.dtype, bound: float) -> None:
+def check(
+    layout: seqpar.Layout,
+    packed: bool,
+    dtype: torch.dtype = torch.float64,
+    bound: float = 1e-10,
+    exchange: str = "auto",
+) -> None:
     for family in FAMILIES:  # before the fork, so that workers inherit them
         case(family, packed)
 
     def work(rank: int) -> dict[str, dict[str, Tensor]]:
-        return {family: compute(rank, layout, family, packed, dtype) for family in FAMILIES}
+        return {
+            family: compute(rank, layout, family, packed, dtype, exchange) for family in FAMILIES
+        }
 
     ranks = run_ranks(work, layout.world_size)
     for family in FAMILIES:
@@ -114,9 +132,12 @@ def check(layout: seqpar.Layout, packed: bool, dtype: torch.dtype, bound: float)
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_fp64_equals_the_token_loop(world_size: int, kind: str, packed: bool) -> None:
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_fp64_equals_the_token_loop(
+    exchange: str, world_size: int, kind: str, packed: bool
+) -> None:
     layout = seqpar.Layout(TOKENS, world_size, kind, PACKED if packed else None)
-    check(layout, packed, torch.float64, 1e-10)
+    check(layout, packed, exchange=exchange)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
@@ -124,7 +145,7 @@ def test_uneven_shards_equal_the_token_loop(packed: bool) -> None:
     layout = seqpar.Layout(
         TOKENS, 3, cu_seqlens=PACKED if packed else None, shard_sizes=[1, 150, 41]
     )
-    check(layout, packed, torch.float64, 1e-10)
+    check(layout, packed)
 
 
 def test_fp32_is_within_1e_5() -> None:

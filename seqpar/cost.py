@@ -1,0 +1,184 @@
+"""What each exchange costs on given links, and which one to take. Formulas: docs/exchanges.md."""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from seqpar.chain import Chain
+from seqpar.comm import Communicator
+
+MAX_BLOCKS = 16
+
+
+@dataclass(frozen=True)
+class Links:
+    """The links between the ranks of a group.
+
+    nodes: the node of each rank. latency (seconds a message) and bandwidth (bytes/s each way) hold
+    within a node; across_latency and across_bandwidth between nodes. The defaults are those of
+    GPUs with NVLink and 400 Gb/s InfiniBand; `measure` gives a machine's own.
+    """
+
+    nodes: tuple[int, ...]
+    latency: float = 2e-5
+    bandwidth: float = 3e11
+    across_latency: float = 4e-5
+    across_bandwidth: float = 4.5e10
+
+    def message(self, source: int, target: int, size: float) -> float:
+        """Seconds for `size` bytes from one rank to another; nothing for a rank to itself."""
+        if source == target:
+            return 0.0
+        if self.nodes[source] == self.nodes[target]:
+            return self.latency + size / self.bandwidth
+        return self.across_latency + size / self.across_bandwidth
+
+    def slowest(self, size: float) -> float:
+        """Seconds for `size` bytes over the slowest kind of link in the group."""
+        inside = self.latency + size / self.bandwidth
+        if len(set(self.nodes)) == 1:
+            return inside
+        return max(inside, self.across_latency + size / self.across_bandwidth)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An exchange, its options, and the estimates (seconds, by exchange) it was chosen from."""
+
+    name: str
+    options: dict[str, Any]
+    seconds: dict[str, float]
+
+    def __str__(self) -> str:
+        rows = [
+            f"{'->' if name == self.name else '  '} {name:<10} {1e6 * seconds:10.1f} us"
+            for name, seconds in sorted(self.seconds.items(), key=lambda row: row[1])
+        ]
+        options = ", ".join(f"{key}={value}" for key, value in self.options.items())
+        return "\n".join([f"exchange={self.name}" + (f" ({options})" if options else ""), *rows])
+
+
+def choose(
+    wanted: str, chain: Chain, links: Links, A_bytes: int, B_bytes: int, hidden: float = 0.0
+) -> Choice:
+    """The exchange `wanted`, or for "auto" the one that keeps a rank waiting least.
+
+    A_bytes, B_bytes: the summary of one range. hidden: seconds of local work that runs meanwhile.
+    All arguments must be equal on all ranks, so that all choose alike.
+    """
+    hops = _hops(chain, links, B_bytes)
+    blocks = min(range(1, MAX_BLOCKS + 1), key=lambda n: _pipelined(chain, links, B_bytes, n))
+    ranks, ranges = len(links.nodes), len(chain) // len(links.nodes)
+    longest = max((i - chain.begin(i) for i in range(len(chain))), default=0)
+    packed = A_bytes + B_bytes
+    seconds = {
+        "allgather": (ranks - 1) * links.slowest(ranges * packed),
+        "ring": hops,
+        "allscan": _pipelined(chain, links, B_bytes, blocks),
+        "doubling": math.ceil(math.log2(longest + 1)) * links.slowest(ranges * packed),
+        "twolevel": _two_levels(links, ranges, packed, B_bytes),
+    }
+    options: dict[str, dict[str, Any]] = {
+        "allscan": {"blocks": blocks},
+        "twolevel": {"nodes": links.nodes},
+    }
+    name = wanted
+    if wanted == "auto":  # what is hidden anyway costs nothing: then the first, the simplest
+        name = min(seconds, key=lambda exchange: max(seconds[exchange] - hidden, 0.0))
+    return Choice(name, options.get(name, {}), seconds)
+
+
+def _hops(chain: Chain, links: Links, size: float) -> float:
+    """The longest way of a state of `size` bytes along the chain, one hop after the other."""
+    longest = arrival = 0.0
+    for i in range(1, len(chain)):
+        hop = links.message(chain.owner(i - 1), chain.owner(i), size)
+        arrival = arrival + hop if chain.linked[i] and chain.through[i - 1] else hop
+        longest = max(longest, arrival if chain.linked[i] else 0.0)
+    return longest
+
+
+def _pipelined(chain: Chain, links: Links, size: int, blocks: int) -> float:
+    """The first block's way, then the others behind it at the pace of the slowest link."""
+    return _hops(chain, links, size / blocks) + (blocks - 1) * links.slowest(size / blocks)
+
+
+def _two_levels(links: Links, ranges: int, packed: int, state: int) -> float:
+    nodes = sorted(set(links.nodes))
+    largest = max(links.nodes.count(node) for node in nodes)
+    inside = links.latency + (largest - 1) * ranges * packed / links.bandwidth
+    if len(nodes) == 1:
+        return inside
+    across = links.across_latency + state / links.across_bandwidth
+    handed_round = links.latency + (largest - 1) * state / links.bandwidth
+    return inside + (len(nodes) - 1) * ranges * across + handed_round
+
+
+def nodes_of(comm: Communicator, node_size: int | None = None) -> tuple[int, ...]:
+    """The node of each rank of the group: `node_size` global ranks in a row are one.
+
+    By default torchrun's LOCAL_WORLD_SIZE; without it, all ranks are on one node.
+    """
+    size = node_size or int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    if comm.group is None or not size:
+        return (0,) * comm.size
+    return tuple(rank // size for rank in dist.get_process_group_ranks(comm.group))
+
+
+def measure(comm: Communicator, device: torch.device, node_size: int | None = None) -> Links:
+    """Latency and bandwidth between neighbours, within and across nodes, in well under a second.
+
+    Every rank of the group must call this; all get the same figures (of the slowest pair).
+    """
+    nodes = nodes_of(comm, node_size)
+    inside, across = _partners(comm.rank, nodes)
+    figures: list[tuple[float, float]] = []
+    for to, source in (inside, across):
+        small, large = (_shift(comm, to, source, size, device) for size in (64, 1 << 20))
+        slowest = comm.all_reduce(torch.tensor([small, large], device=device), "max", "measure")
+        small, large = slowest.tolist()
+        figures.append((small, (1 << 20) / max(large - small, 1e-9)))
+    if len(set(nodes)) == 1:
+        figures[1] = figures[0]
+    elif max(nodes.count(node) for node in nodes) == 1:
+        figures[0] = figures[1]
+    return Links(nodes, *figures[0], *figures[1])
+
+
+def _partners(
+    rank: int, nodes: tuple[int, ...]
+) -> tuple[tuple[int | None, int | None], tuple[int | None, int | None]]:
+    """(to, from) for a shift within this rank's node, and for one between nodes."""
+
+    def cycle(members: list[int]) -> tuple[int | None, int | None]:
+        if len(members) < 2 or rank not in members:
+            return None, None
+        at = members.index(rank)
+        return members[(at + 1) % len(members)], members[at - 1]
+
+    firsts = [nodes.index(node) for node in sorted(set(nodes))]
+    return cycle([r for r, node in enumerate(nodes) if node == nodes[rank]]), cycle(firsts)
+
+
+def _shift(
+    comm: Communicator, to: int | None, source: int | None, size: int, device: torch.device
+) -> float:
+    """Median seconds to hand `size` bytes to the next rank and get as much from the one before."""
+    out, into = (torch.zeros(size // 4, device=device) for _ in range(2))
+    wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times = []
+    for _ in range(6):
+        begin = time.perf_counter()
+        if to is not None and source is not None:
+            for work in comm.send_receive([(out, to)], [(into, source)], "measure"):
+                work.wait()
+        wait()
+        times.append(time.perf_counter() - begin)
+    return median(times[1:])  # the first makes the connection
