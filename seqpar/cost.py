@@ -15,6 +15,7 @@ from seqpar.chain import Chain
 from seqpar.comm import Communicator
 
 MAX_BLOCKS = 16
+GATHERED_HEAD_BYTES = 1 << 33
 
 
 @dataclass(frozen=True)
@@ -182,3 +183,22 @@ def _shift(
         wait()
         times.append(time.perf_counter() - begin)
     return median(times[1:])  # the first makes the connection
+
+
+def choose_softmax(
+    links: Links, tokens: int, heads: int, kv_heads: int, dim: int, element: int
+) -> str:
+    """The method of `softmax_attention` that moves the least, or the ring where memory decides.
+
+    One gathered kv head costs keys and values in the inputs' dtype and their gradients in fp32.
+    Past GATHERED_HEAD_BYTES of that, only one rank's share is held at a time.
+    """
+    ranks = len(links.nodes)
+    if ranks == 1:
+        return "allgather"
+    if tokens * dim * 2 * (element + 4) > GATHERED_HEAD_BYTES:
+        return "ring"
+    shared = (ranks - 1) * tokens // ranks * dim * element
+    gathered = links.slowest(2 * kv_heads * shared)
+    by_heads = links.slowest((2 * heads + 2 * max(kv_heads, min(ranks, heads))) * shared // ranks)
+    return "ulysses" if heads % ranks == 0 and by_heads < gathered else "allgather"

@@ -125,12 +125,16 @@ class Layout:
     def segments(self, rank: int) -> list[list[Segment]]:
         """The segments of `rank`: a list for each of its ranges, in local order."""
         if rank not in self._segments:
-            offset, found = 0, []
-            for start, stop in self.ranges(rank):
-                found.append(list(self._cut(start, stop, offset)))
-                offset += stop - start
-            self._segments[rank] = found
+            self._segments[rank] = self.cut(self.ranges(rank))
         return self._segments[rank]
+
+    def cut(self, ranges: Sequence[tuple[int, int]]) -> list[list[Segment]]:
+        """Any global ranges, held one after the other, cut where documents begin."""
+        offset, found = 0, []
+        for start, stop in ranges:
+            found.append(list(self._cut(start, stop, offset)) if start < stop else [])
+            offset += stop - start
+        return found
 
     def positions(self, rank: int) -> Tensor:
         """The position of each local token within its document, int64 [local_tokens]."""

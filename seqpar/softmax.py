@@ -1,18 +1,16 @@
 """Softmax attention over a sequence cut over ranks, any layout, packed documents included."""
 
-from collections.abc import Iterator
-from typing import Any
-
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from seqpar.comm import Pending
+from seqpar.blocks import attend
 from seqpar.context import SequenceParallel
-from seqpar.kernels.softmax import block_backward, block_forward, merge
+from seqpar.cost import choose_softmax
+from seqpar.fetch import Ranges, fetch
 from seqpar.layout import Layout
+from seqpar.sources import Gather, Ring
+from seqpar.ulysses import ulysses
 
-METHODS = ("allgather",)
+METHODS = ("allgather", "ring", "ulysses")
 
 
 def softmax_attention(
@@ -32,8 +30,10 @@ def softmax_attention(
         k, v: [B, T, HK, D]; HK divides H (grouped-query heads).
         causal: whether a token attends only to itself and those before it.
         scale: multiplies q; D**-0.5 by default.
-        method: "allgather" gathers keys and values, one kv head at a time while the one before is
-            worked on (arXiv 2407.21783); "auto" chooses it.
+        method: how keys and values meet queries. "allgather": one kv head of the whole stream at a
+            time (arXiv 2407.21783), causal work balanced by trading half of the queries with the
+            mirror rank; "ring": passed from rank to rank (2310.01889), balanced under the zigzag
+            layout; "ulysses": whole sequences of some heads (2309.14509); "auto": by cost.
         sp: how the sequence is cut over ranks; None when this rank holds whole sequences.
 
     Returns:
@@ -47,121 +47,41 @@ def softmax_attention(
     if sp is None:
         sp = SequenceParallel(layout=Layout(q.shape[1], 1))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _Gathered.apply(q, k, v, causal, scale, sp)
+    if method == "auto":
+        method = choose_softmax(
+            sp.links, sp.layout.total_tokens, q.shape[2], k.shape[2], q.shape[3], q.element_size()
+        )
+    if method == "ulysses":
+        return ulysses(q, k, v, causal, scale, sp)
+    layout = sp.layout
+    if method == "ring":
+        segments = [s for found in layout.segments(sp.rank) for s in found]
+        return attend(q, k, v, segments, causal, scale, Ring(sp))
+    held = _traded(layout) if causal else layout.ranges
+    segments = [s for found in layout.cut(held(sp.rank)) for s in found]
+    if held != layout.ranges:
+        q = fetch(q, layout.ranges, held, sp.comm, kind="queries")
+    o = attend(q, k, v, segments, causal, scale, Gather(sp))
+    return o if held == layout.ranges else fetch(o, held, layout.ranges, sp.comm, kind="queries")
 
 
-class _Gathered(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, sp: SequenceParallel
-    ) -> Tensor:
-        group = q.shape[2] // k.shape[2]
-        o = torch.empty_like(q)
-        lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=_accumulator(q))
-        for head, keys, values in _gathered_heads(k, v, sp):
-            heads = slice(head * group, (head + 1) * group)
-            for here, block_rows in _blocks(sp, causal):
-                rows = _rows(q, here, heads)
-                merged: tuple[Tensor, Tensor] | None = None
-                for there, square in block_rows:
-                    out, block_lse = block_forward(
-                        rows, keys[:, :, there], values[:, :, there], square, scale
-                    )
-                    block = out.to(lse.dtype), block_lse.to(lse.dtype)
-                    merged = block if merged is None else merge(*merged, *block)
-                assert merged is not None
-                o[:, here, heads] = merged[0].transpose(1, 2).to(q.dtype)
-                lse[:, heads, here] = merged[1]
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.plan = causal, scale, sp
-        return o
+def _traded(layout: Layout) -> Ranges:
+    """Who works on which queries so that causal work is equal: halves traded with the mirror rank.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, o, lse = ctx.saved_tensors
-        causal, scale, sp = ctx.plan
-        group = q.shape[2] // k.shape[2]
-        dq = torch.zeros_like(q, dtype=lse.dtype)
-        returning: list[Pending] = []
-        for head, keys, values in _gathered_heads(k, v, sp):
-            heads = slice(head * group, (head + 1) * group)
-            dkv = k.new_zeros(2, *keys.shape[::2], k.shape[-1], dtype=lse.dtype)  # [2, B, total, D]
-            for here, block_rows in _blocks(sp, causal):
-                rows, outs, grads = (_rows(x, here, heads) for x in (q, o, do))
-                sums = lse[:, heads, here]
-                for there, square in block_rows:
-                    block_dq, dk, dv = block_backward(
-                        grads,
-                        rows,
-                        keys[:, :, there],
-                        values[:, :, there],
-                        outs,
-                        sums,
-                        square,
-                        scale,
-                    )
-                    dq[:, here, heads] += block_dq.transpose(1, 2)
-                    dkv[0, :, there] += dk.sum(1)
-                    dkv[1, :, there] += dv.sum(1)
-            returning.append(sp.comm.reduce_scatter(_by_rank(dkv, sp.layout), kind="kv"))
-        tokens = k.shape[1]
-        both = torch.stack([pending.wait()[:, :, :tokens] for pending in returning], 3)
-        return dq.to(q.dtype), both[0].to(k.dtype), both[1].to(v.dtype), None, None, None
-
-
-def _gathered_heads(
-    k: Tensor, v: Tensor, sp: SequenceParallel
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(head, keys, values) [B, 1, total_tokens, D] for each kv head, the next already under way.
-
-    The block operators take one kv head for the whole group of query heads.
+    Of contiguous shards the last sees W times what the first does. Rank r keeps the first half of
+    its queries and takes the second half of rank W-1-r's: together always the same. Keys, values
+    and everything else stay where they are.
     """
-    longest = max(sp.layout.local_tokens(rank) for rank in range(sp.comm.size))
+    if layout.kind != "contiguous" or layout.world_size == 1 or len(set(layout.shard_sizes)) > 1:
+        return layout.ranges
 
-    def start(head: int) -> Pending:
-        mine = torch.stack([k[:, :, head], v[:, :, head]])  # [2, B, T, D]
-        padding = longest - mine.shape[2]
-        return sp.comm.all_gather(torch.nn.functional.pad(mine, (0, 0, 0, padding)), kind="kv")
+    def ranges(rank: int) -> list[tuple[int, int]]:
+        ((start, stop),) = layout.ranges(rank)
+        ((mirror, mirror_stop),) = layout.ranges(layout.world_size - 1 - rank)
+        half = (stop - start) // 2
+        return [(start, start + half), (mirror + half, mirror_stop)]
 
-    pending = start(0)
-    for head in range(k.shape[2]):
-        shards = pending.wait()
-        if head + 1 < k.shape[2]:
-            pending = start(head + 1)
-        parts = [shards[r][:, :, : sp.layout.local_tokens(r)] for r in range(sp.comm.size)]
-        keys, values = sp.layout.unshard(parts, dim=2)[:, :, None]  # [B, 1, total, D] each
-        yield head, keys, values
-
-
-def _blocks(sp: SequenceParallel, causal: bool) -> Iterator[tuple[slice, list[tuple[slice, bool]]]]:
-    """For each local segment, its tokens and the (global keys, causal square?) blocks they see."""
-    for segments in sp.layout.segments(sp.rank):
-        for s in segments:
-            if not causal:
-                yield s.local, [(slice(s.document, s.document_stop), False)]
-            elif s.continues:
-                past, own = slice(s.document, s.start), slice(s.start, s.stop)
-                yield s.local, [(past, False), (own, True)]
-            else:
-                yield s.local, [(slice(s.start, s.stop), True)]
-
-
-def _rows(x: Tensor, here: slice, heads: slice) -> Tensor:
-    """[B, T, H, D] -> [B, heads, here, D]."""
-    return x[:, here, heads].transpose(1, 2)
-
-
-def _by_rank(x: Tensor, layout: Layout) -> Tensor:
-    """[2, B, total_tokens, D] -> [world_size, 2, B, longest shard, D], padded with zeros."""
-    shards = [layout.shard(x, rank, dim=2) for rank in range(layout.world_size)]
-    longest = max(shard.shape[2] for shard in shards)
-    pad = torch.nn.functional.pad
-    return torch.stack([pad(shard, (0, 0, 0, longest - shard.shape[2])) for shard in shards])
-
-
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return ranges
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, method: str, sp: SequenceParallel | None) -> None:

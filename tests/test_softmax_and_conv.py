@@ -8,7 +8,10 @@ from harness import assert_close, run_ranks
 from torch import Tensor
 
 import seqpar
+from seqpar.cost import Links, choose_softmax
+from seqpar.fetch import convert
 from seqpar.kernels import reference
+from seqpar.softmax import METHODS, _traded
 
 TOKENS = 96
 PACKED = [0, 1, 20, 48, 49, 80, 80, 96]
@@ -16,14 +19,14 @@ PACKED = [0, 1, 20, 48, 49, 80, 80, 96]
 Case = tuple[Callable, Callable, dict[str, Tensor], dict]
 
 
-def softmax_case(batch: int, causal: bool) -> Case:
+def softmax_case(batch: int, causal: bool, method: str = "auto", kv_heads: int = 2) -> Case:
     make = torch.Generator().manual_seed(3)
-    shapes = {"q": 4, "k": 2, "v": 2}  # grouped heads
+    shapes = {"q": 4, "k": kv_heads, "v": kv_heads}
     inputs = {
         name: torch.randn(batch, TOKENS, heads, 8, dtype=torch.float64, generator=make)
         for name, heads in shapes.items()
     }
-    options = {"causal": causal}
+    options = {"causal": causal, "method": method}
     return seqpar.softmax_attention, reference.softmax_attention, inputs, options
 
 
@@ -41,7 +44,8 @@ def check(case: Case, layout: seqpar.Layout, dtype: torch.dtype, bound: float) -
     function, spec, inputs, options = case
     sharded = {name: x.dim() > 2 for name, x in inputs.items()}  # the others are parameters
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
-    expected_o = spec(**leaves, **options, cu_seqlens=layout.cu_seqlens)
+    known = {name: value for name, value in options.items() if name != "method"}
+    expected_o = spec(**leaves, **known, cu_seqlens=layout.cu_seqlens)
     do = torch.randn(expected_o.shape, dtype=torch.float64)
     gradients = torch.autograd.grad((expected_o * do).sum(), list(leaves.values()))
     expected = {"o": expected_o.detach(), **dict(zip(leaves, gradients, strict=True))}
@@ -74,10 +78,37 @@ def layouts(world_size: int, kind: str, packed: bool) -> seqpar.Layout:
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_softmax_fp64_equals_the_dense_reference(world_size: int, kind: str, packed: bool) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_softmax_fp64_equals_the_dense_reference(
+    method: str, world_size: int, kind: str, packed: bool
+) -> None:
     for causal in (True, False):
-        case = softmax_case(1 if packed else 2, causal)
+        case = softmax_case(1 if packed else 2, causal, method)
         check(case, layouts(world_size, kind, packed), torch.float64, 1e-10)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("world_size", [3, 8])
+def test_heads_that_ranks_do_not_divide(world_size: int, kv_heads: int) -> None:
+    """Four heads over three ranks, and over eight, where half of them have none."""
+    for method in METHODS:
+        case = softmax_case(1, True, method, kv_heads)
+        check(case, layouts(world_size, "contiguous", True), torch.float64, 1e-10)
+
+
+def test_traded_queries_make_causal_work_equal() -> None:
+    for world_size in (2, 3, 4, 7):
+        layout = seqpar.Layout(24 * world_size, world_size)
+        work = []
+        for rank in range(world_size):
+            segments = [s for found in layout.cut(_traded(layout)(rank)) for s in found]
+            work.append(sum(_area(s.start, s.stop) for s in segments))
+        assert len(set(work)) == 1, work
+
+
+def _area(start: int, stop: int) -> int:
+    """Pairs of a query from start to stop and a key up to it."""
+    return sum(range(start + 1, stop + 1))
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
@@ -115,15 +146,57 @@ def test_a_halo_moves_width_minus_one_tokens_to_the_next_rank() -> None:
     assert run_ranks(work, 4) == [(2, one_way), (2, 2 * one_way), (2, 2 * one_way), (2, one_way)]
 
 
-def test_softmax_gathers_each_kv_head_once_each_way() -> None:
-    def work(rank: int) -> tuple[int, int]:
-        sp = seqpar.SequenceParallel(layout=seqpar.Layout(TOKENS, 4))
-        q, k = (torch.randn(1, TOKENS // 4, h, 8, requires_grad=True) for h in (4, 2))
-        seqpar.softmax_attention(q, k, k, sp=sp).sum().backward()
-        return sp.comm.traffic["kv"].calls, sp.comm.traffic["kv"].bytes_received
+def softmax_traffic(method: str, size: int, heads: int, kv_heads: int) -> list[dict]:
+    def work(rank: int) -> dict:
+        sp = seqpar.SequenceParallel(layout=seqpar.Layout(TOKENS, size, "zigzag"))
+        q, k = (torch.randn(1, TOKENS // size, h, 8, requires_grad=True) for h in (heads, kv_heads))
+        seqpar.softmax_attention(q, k, k, method=method, sp=sp).sum().backward()
+        return {kind: (t.calls, t.bytes_received) for kind, t in sp.comm.traffic.items()}
 
-    head = 3 * 2 * (TOKENS // 4) * 8 * 4  # K and V of one head from three other ranks
-    assert run_ranks(work, 4) == [(6, 2 * 3 * head)] * 4  # gathered twice, gradients sent back
+    return run_ranks(work, size)
+
+
+def test_softmax_moves_what_the_formulas_say() -> None:
+    """docs/exchanges.md; n is one rank's tokens of one head in fp32."""
+    n = TOKENS // 4 * 8 * 4
+    gathered = 2 * 2 * 3 * n  # K and V of two heads from three others, once each way
+    assert softmax_traffic("allgather", 4, 4, 2) == [{"kv": (6, 3 * gathered)}] * 4
+    ring = 3 * 2 * 2 * n + (3 * 2 * 2 * n + 4 * 2 * 2 * n)  # forward; backward with gradients
+    assert softmax_traffic("ring", 4, 4, 2) == [{"kv": (2 * (3 + 3 + 4), ring)}] * 4
+    one_way = 3 * n * (1 + 1 + 1 + 1)  # q, k, v and o, one head each of three other ranks
+    assert softmax_traffic("ulysses", 4, 4, 4) == [{"heads": (4, 2 * one_way)}] * 4
+
+
+def test_auto_method_is_the_one_that_moves_least() -> None:
+    eight = Links(nodes=(0,) * 8)
+    assert choose_softmax(eight, 1 << 16, 32, 32, 128, 2) == "ulysses"
+    assert choose_softmax(eight, 1 << 16, 32, 1, 128, 2) == "allgather"
+    assert choose_softmax(eight, 1 << 16, 31, 31, 128, 2) == "allgather"
+    assert choose_softmax(eight, 1 << 23, 32, 8, 128, 2) == "ring"  # a head is 12 GiB
+    assert choose_softmax(Links(nodes=(0,)), 1 << 23, 32, 8, 128, 2) == "allgather"
+
+
+@pytest.mark.parametrize("kinds", [("contiguous", "zigzag"), ("zigzag", "contiguous")])
+def test_conversion_between_layouts_takes_one_all_to_all_each_way(kinds: tuple[str, str]) -> None:
+    held, wanted = (seqpar.Layout(TOKENS, 4, kind) for kind in kinds)
+    x = torch.randn(2, TOKENS, 3)
+
+    def work(rank: int) -> int:
+        sp = seqpar.SequenceParallel(layout=held)
+        mine = held.shard(x, rank).requires_grad_()
+        moved = convert(mine, wanted, sp)
+        assert torch.equal(moved, wanted.shard(x, rank))
+        moved.backward(moved.detach())
+        assert torch.equal(mine.grad, mine)
+        return sp.comm.traffic["convert"].calls
+
+    assert run_ranks(work, 4) == [2] * 4
+
+
+def test_conversion_refuses_another_stream() -> None:
+    sp = seqpar.SequenceParallel(layout=seqpar.Layout(8, 1))
+    with pytest.raises(ValueError, match="total_tokens=16"):
+        convert(torch.zeros(1, 8, 2), seqpar.Layout(16, 1), sp)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +205,7 @@ def test_softmax_gathers_each_kv_head_once_each_way() -> None:
         ({"v": torch.zeros(1, 8, 2, 3)}, "v is .* must have k's shape"),
         ({"q": torch.zeros(1, 8, 3, 4)}, "2 heads.* divisor of q's 3; nearest: 1"),
         ({"q": torch.zeros(1, 7, 4, 4)}, "must have q's batch"),
-        ({"method": "rings"}, "method='rings' must be one of auto, allgather"),
+        ({"method": "rings"}, "method='rings' must be one of auto, allgather, ring, ulysses"),
         ({"q": torch.zeros(1, 8, 4, 4).double()}, "one floating dtype"),
         ({"sp": seqpar.SequenceParallel(layout=seqpar.Layout(16, 1))}, "q has 8 tokens"),
     ],

@@ -1,0 +1,137 @@
+"""Softmax attention of this rank's queries over keys that arrive in parts, forward and backward.
+
+Keys and values come from a `Source`: parts of the stream, some heads at a time, in any order. Each
+query segment meets each part in at most one block that needs no mask and one causal square. Output,
+log-sum-exp and all gradients accumulate in fp32 (fp64 for fp64 inputs): in bf16 their error grows
+like the square root of the number of parts.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from seqpar.kernels.softmax import block_backward, block_forward, merge
+from seqpar.layout import Segment
+
+
+@dataclass
+class Part:
+    """Some keys and values: [B, heads, tokens, D] of the global `ranges`, one after the other.
+
+    queries: the query heads they serve. gradients [2, B, heads, tokens, D]: where those of keys and
+    values are added up, in the backward pass.
+    """
+
+    queries: slice
+    keys: Tensor
+    values: Tensor
+    ranges: list[tuple[int, int]]
+    gradients: Tensor | None = None
+
+
+class Source(Protocol):
+    """How keys and values reach this rank, and their gradients the ranks they belong to."""
+
+    def parts(self, k: Tensor, v: Tensor, group: int) -> Iterator[Part]:
+        """Every part the queries need, from this rank's own k, v [B, T, HK, D].
+
+        group: how many query heads share a kv head.
+        """
+
+    def parts_backward(
+        self, k: Tensor, v: Tensor, group: int, precise: torch.dtype
+    ) -> Iterator[Part]:
+        """The same with `gradients` to add to, each taken away before the next is given."""
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """dk, dv [B, T, HK, D] of this rank's tokens, after all parts."""
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: list[Segment],
+    causal: bool,
+    scale: float,
+    source: Source,
+) -> Tensor:
+    """o [B, T, H, D] for the queries q of `segments`, over what `source` makes of k and v."""
+    return _Attend.apply(q, k, v, segments, causal, scale, source)
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        segments: list[Segment],
+        causal: bool,
+        scale: float,
+        source: Source,
+    ) -> Tensor:
+        rows = q.transpose(1, 2)  # [B, H, T, D]
+        precise = torch.float64 if q.dtype == torch.float64 else torch.float32
+        o = torch.zeros_like(rows, dtype=precise)
+        lse = rows.new_full(rows.shape[:3], -torch.inf, dtype=precise)
+        for part in source.parts(k, v, q.shape[2] // k.shape[2]):
+            for here, there, square in _blocks(segments, part.ranges, causal):
+                at = (slice(None), part.queries, here)
+                out, sums = block_forward(
+                    rows[at], part.keys[:, :, there], part.values[:, :, there], square, scale
+                )
+                o[at], lse[at] = merge(o[at], lse[at], out.to(precise), sums.to(precise))
+        out = o.to(q.dtype).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.plan = segments, causal, scale, source
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        segments, causal, scale, source = ctx.plan
+        rows, outs, grads = (x.transpose(1, 2) for x in (q, out, do))
+        dq = torch.zeros_like(rows, dtype=lse.dtype)
+        for part in source.parts_backward(k, v, q.shape[2] // k.shape[2], lse.dtype):
+            assert part.gradients is not None
+            for here, there, square in _blocks(segments, part.ranges, causal):
+                at = (slice(None), part.queries, here)
+                block_dq, dk, dv = block_backward(
+                    grads[at],
+                    rows[at],
+                    part.keys[:, :, there],
+                    part.values[:, :, there],
+                    outs[at],
+                    lse[at],
+                    square,
+                    scale,
+                )
+                dq[at] += block_dq
+                part.gradients[0, :, :, there] += dk
+                part.gradients[1, :, :, there] += dv
+        dk, dv = source.gradients()
+        return dq.transpose(1, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *[None] * 4
+
+
+def _blocks(
+    segments: list[Segment], ranges: list[tuple[int, int]], causal: bool
+) -> Iterator[tuple[slice, slice, bool]]:
+    """(query tokens, key tokens, causal square?) of every block with anything to see."""
+    for s in segments:
+        offset = 0
+        for start, stop in ranges:
+            last = s.start if causal else s.document_stop
+            first, past = max(start, s.document), min(stop, last)
+            if first < past:
+                yield s.local, slice(offset + first - start, offset + past - start), False
+            if causal and start <= s.start < stop:
+                own = offset + s.start - start
+                yield s.local, slice(own, own + s.stop - s.start), True
+            offset += stop - start

@@ -1,0 +1,133 @@
+"""Softmax attention by heads: one all-to-all gives each rank whole sequences of some heads."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from seqpar.blocks import attend
+from seqpar.context import SequenceParallel
+from seqpar.layout import Layout
+from seqpar.sources import Gather
+
+KIND = "heads"
+Heads = Callable[[int], tuple[int, int]]  # the heads [first, stop) of a rank
+
+
+def ulysses(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, sp: SequenceParallel
+) -> Tensor:
+    """o [B, T, H, D]; query heads are dealt as evenly as they go, kv heads to those that need them.
+
+    DeepSpeed-Ulysses (arXiv 2309.14509), here for any number of heads and ranks: a rank may have
+    one head more than another, or none, and a kv head may be wanted by several ranks.
+    """
+    heads, group, ranks = q.shape[2], q.shape[2] // k.shape[2], sp.comm.size
+
+    def mine(rank: int) -> tuple[int, int]:
+        return rank * heads // ranks, (rank + 1) * heads // ranks
+
+    def kv_mine(rank: int) -> tuple[int, int]:
+        first, stop = mine(rank)
+        return first // group, -(-stop // group) if stop > first else first // group
+
+    owned = mine, kv_mine, kv_mine
+    whole_q, whole_k, whole_v = _ToHeads.apply(owned, sp, q, k, v)  # [B, total, own heads, D]
+
+    alone = SequenceParallel(
+        layout=Layout(sp.layout.total_tokens, 1, "contiguous", sp.layout.cu_seqlens)
+    )
+    segments = [s for found in alone.layout.segments(0) for s in found]
+    first, stop = mine(sp.rank)
+    outs = [whole_q[:, :, :0]]  # a rank without heads takes part in the backward exchange too
+    for at, head in enumerate(range(*kv_mine(sp.rank))):
+        served = slice(max(head * group, first) - first, min((head + 1) * group, stop) - first)
+        one = slice(at, at + 1)
+        outs.append(
+            attend(
+                whole_q[:, :, served],
+                whole_k[:, :, one],
+                whole_v[:, :, one],
+                segments,
+                causal,
+                scale,
+                Gather(alone),
+            )
+        )
+    return _FromHeads.apply(torch.cat(outs, 2), mine, heads, sp)
+
+
+class _ToHeads(torch.autograd.Function):
+    """[B, T, H, D] of this rank's tokens -> [B, total, own heads, D], several at once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, owned: Sequence[Heads], sp: SequenceParallel, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.plan = [(held, x.shape[2]) for held, x in zip(owned, tensors, strict=True)], sp
+        return tuple(_to_heads(tensors, owned, sp))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *_from_heads(gradients, *ctx.plan)
+
+
+class _FromHeads(torch.autograd.Function):
+    """[B, total, own heads, D] -> [B, T, H, D] of this rank's tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, owned: Heads, heads: int, sp: SequenceParallel) -> Tensor:
+        ctx.plan = [owned], sp
+        return _from_heads([x], [(owned, heads)], sp)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        return _to_heads([dout], *ctx.plan)[0], None, None, None
+
+
+def _to_heads(
+    tensors: Sequence[Tensor], owned: Sequence[Heads], sp: SequenceParallel
+) -> list[Tensor]:
+    ranks, sizes = range(sp.comm.size), sp.layout.shard_sizes
+    pairs = list(zip(tensors, owned, strict=True))
+    sent = [[x[:, :, slice(*held(rank))] for x, held in pairs] for rank in ranks]
+    kept = [(x, held(sp.rank)) for x, held in pairs]
+    shapes = [[(x.shape[0], size, b - a, x.shape[3]) for x, (a, b) in kept] for size in sizes]
+    came = _swap(sent, shapes, sp)
+    return [sp.layout.unshard([parts[i] for parts in came]) for i in range(len(tensors))]
+
+
+def _from_heads(
+    tensors: Sequence[Tensor], owned: Sequence[tuple[Heads, int]], sp: SequenceParallel
+) -> list[Tensor]:
+    """Heads that several ranks hold are added up: the adjoint of `_to_heads`."""
+    ranks, tokens = range(sp.comm.size), sp.layout.local_tokens(sp.rank)
+    sent = [[sp.layout.shard(x, rank) for x in tensors] for rank in ranks]
+    spans = [[held(rank) for held, _ in owned] for rank in ranks]
+    batch, dim = tensors[0].shape[0], tensors[0].shape[3]
+    shapes = [[(batch, tokens, b - a, dim) for a, b in found] for found in spans]
+    outs = [
+        x.new_zeros(batch, tokens, heads, dim) for x, (_, heads) in zip(tensors, owned, strict=True)
+    ]
+    for found, parts in zip(spans, _swap(sent, shapes, sp), strict=True):
+        for out, (a, b), part in zip(outs, found, parts, strict=True):
+            out[:, :, a:b] += part
+    return outs
+
+
+def _swap(
+    sent: Sequence[Sequence[Tensor]],
+    shapes: Sequence[Sequence[tuple[int, int, int, int]]],
+    sp: SequenceParallel,
+) -> list[list[Tensor]]:
+    """One all-to-all of some tensors for each rank; those received, of the given shapes."""
+    sizes = [[torch.Size(shape).numel() for shape in found] for found in shapes]
+    flat = torch.cat([x.flatten() for tensors in sent for x in tensors])
+    send_rows = [sum(x.numel() for x in tensors) for tensors in sent]
+    came = sp.comm.all_to_all(flat, send_rows, [sum(found) for found in sizes], KIND).wait()
+    parts = iter(came.split([size for found in sizes for size in found]))
+    return [[next(parts).view(shape) for shape in found] for found in shapes]
