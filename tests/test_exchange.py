@@ -62,8 +62,8 @@ def summaries(chain: Chain, shape: tuple[int, int]) -> dict[tuple[int, int], tup
 
 def fold(chain: Chain, transition: Transition, given: dict) -> dict[tuple[int, int], Tensor]:
     """The state entering each range that one enters: the definition."""
-    entering = {}
-    state = None
+    entering: dict[tuple[int, int], Tensor] = {}
+    state: Tensor | None = None
     for i, place in enumerate(chain.places):
         if chain.linked[i]:
             assert state is not None
@@ -89,7 +89,7 @@ def test_states_equal_the_fold(name: str, size: int) -> None:
                     for slot, state in enumerate(exchange(transition, A, B, chain, comm)()):
                         wanted = expected.get((rank, slot))
                         assert (state is None) == (wanted is None), (layout, label, rank, slot)
-                        if state is not None:
+                        if state is not None and wanted is not None:
                             assert_close(f"{label} {layout} {rank}", state, wanted, 1e-10)
 
     run_ranks(work, size)

@@ -1,5 +1,6 @@
 """linear_attention and delta_attention on shards against the token loop: outputs, all gradients."""
 
+import random
 from collections.abc import Callable
 from functools import cache
 
@@ -12,7 +13,11 @@ import seqpar
 from seqpar.kernels import reference
 
 TOKENS, HEADS, K, V = 192, 2, 6, 5
-PACKED = [0, 1, 40, 96, 97, 160, 160, 192]  # one token, across ranks, cut at a rank's edge, empty
+DOCUMENTS: dict[str, tuple[int, ...] | None] = {
+    "whole": None,
+    "packed": (0, 1, 40, 96, 97, 160, 160, 192),  # one token, over ranks, from a rank's edge, empty
+    "random": (0, *sorted(random.Random(5).sample(range(1, TOKENS), 9)), TOKENS),
+}
 
 EXCHANGES = ("allgather", "ring", "allscan", "doubling", "twolevel")
 
@@ -48,15 +53,17 @@ FAMILIES: dict[str, tuple[Callable, Callable, Gates]] = {
 
 
 @cache
-def case(family: str, packed: bool) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+def case(family: str, documents: str) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
     """Global inputs (fp64), output gradient, and the token loop's output and input gradients."""
     _, spec, gates = FAMILIES[family]
-    make = torch.Generator().manual_seed(2 * list(FAMILIES).index(family) + packed)
+    make = torch.Generator().manual_seed(
+        len(DOCUMENTS) * list(FAMILIES).index(family) + list(DOCUMENTS).index(documents)
+    )
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=make)
 
-    batch, value_heads = (1, 2 * HEADS) if packed else (2, HEADS)
+    batch, value_heads = (2, HEADS) if DOCUMENTS[documents] is None else (1, 2 * HEADS)
     inputs = {
         "q": randn(batch, TOKENS, HEADS, K),
         "k": torch.nn.functional.normalize(randn(batch, TOKENS, HEADS, K), dim=-1),
@@ -74,7 +81,7 @@ def case(family: str, packed: bool) -> tuple[dict[str, Tensor], Tensor, dict[str
         inputs[name] = x
     do = randn(batch, TOKENS, value_heads, V)
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
-    o, _ = spec(**leaves, cu_seqlens=PACKED if packed else None)
+    o, _ = spec(**leaves, cu_seqlens=DOCUMENTS[documents])
     gradients = torch.autograd.grad((o * do).sum(), list(leaves.values()))
     return inputs, do, {"o": o.detach(), **dict(zip(leaves, gradients, strict=True))}
 
@@ -83,12 +90,12 @@ def compute(
     rank: int,
     layout: seqpar.Layout,
     family: str,
-    packed: bool,
+    documents: str,
     dtype: torch.dtype,
     exchange: str,
 ) -> dict[str, Tensor]:
     """This rank's output and gradients."""
-    inputs, do, _ = case(family, packed)
+    inputs, do, _ = case(family, documents)
     sp = seqpar.SequenceParallel(layout=layout, exchange=exchange)
     leaves = {
         name: (x if x.dim() == 1 else layout.shard(x, rank)).to(dtype).requires_grad_()
@@ -101,23 +108,25 @@ def compute(
 
 
 def check(
-    layout: seqpar.Layout,
-    packed: bool,
+    exchange: str,
+    world_size: int,
+    kind: str,
+    documents: str,
     dtype: torch.dtype = torch.float64,
     bound: float = 1e-10,
-    exchange: str = "auto",
 ) -> None:
+    layout = make_layout(world_size, kind, documents)
     for family in FAMILIES:  # before the fork, so that workers inherit them
-        case(family, packed)
+        case(family, documents)
 
     def work(rank: int) -> dict[str, dict[str, Tensor]]:
         return {
-            family: compute(rank, layout, family, packed, dtype, exchange) for family in FAMILIES
+            family: compute(rank, layout, family, documents, dtype, exchange) for family in FAMILIES
         }
 
     ranks = run_ranks(work, layout.world_size)
     for family in FAMILIES:
-        expected = case(family, packed)[2]
+        expected = case(family, documents)[2]
         for name, value in expected.items():
             shards = [result[family][name] for result in ranks]
             if value.dim() == 1:  # a parameter: each rank has its own tokens' share
@@ -129,32 +138,66 @@ def check(
                 assert_close(label, shard, wanted, bound, whole=value)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
-@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("exchange", EXCHANGES)
-def test_fp64_equals_the_token_loop(
-    exchange: str, world_size: int, kind: str, packed: bool
-) -> None:
-    layout = seqpar.Layout(TOKENS, world_size, kind, PACKED if packed else None)
-    check(layout, packed, exchange=exchange)
-
-
-@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
-def test_uneven_shards_equal_the_token_loop(packed: bool) -> None:
-    layout = seqpar.Layout(
-        TOKENS, 3, cu_seqlens=PACKED if packed else None, shard_sizes=[1, 150, 41]
+def make_layout(world_size: int, kind: str, documents: str) -> seqpar.Layout:
+    cu_seqlens = DOCUMENTS[documents]
+    if kind != "uneven":
+        return seqpar.Layout(TOKENS, world_size, kind, cu_seqlens)
+    sizes = [1 + 7 * rank for rank in range(world_size - 1)]
+    return seqpar.Layout(
+        TOKENS, world_size, cu_seqlens=cu_seqlens, shard_sizes=[*sizes, TOKENS - sum(sizes)]
     )
-    check(layout, packed)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *[("allgather", size, "contiguous", "whole") for size in (1, 2)],
+        *[("allgather", 3, kind, "packed") for kind in ("contiguous", "zigzag", "uneven")],
+        *[(exchange, 3, "zigzag", "packed") for exchange in EXCHANGES[1:]],
+        *[(exchange, 4, "contiguous", "whole") for exchange in EXCHANGES[1:]],
+        ("auto", 4, "uneven", "random"),
+    ],
+    ids=lambda arguments: "-".join(map(str, arguments)),
+)
+def test_fp64_equals_the_token_loop(arguments: tuple[str, int, str, str]) -> None:
+    check(*arguments)
+
+
+@pytest.mark.complete
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag", "uneven"])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_the_full_product_equals_the_token_loop(
+    exchange: str, world_size: int, kind: str, documents: str
+) -> None:
+    check(exchange, world_size, kind, documents)
 
 
 def test_fp32_is_within_1e_5() -> None:
-    check(seqpar.Layout(TOKENS, 2, "zigzag"), False, torch.float32, 1e-5)
+    check("auto", 2, "zigzag", "whole", torch.float32, 1e-5)
+
+
+def test_a_repeated_run_gives_the_same_bits() -> None:
+    def work(rank: int) -> None:
+        layout = make_layout(4, "contiguous", "whole")
+        for exchange in EXCHANGES:
+            for family in ("diagonal", "delta"):
+                runs = [
+                    compute(rank, layout, family, "whole", torch.float32, exchange)
+                    for _ in range(2)
+                ]
+                for name, value in runs[0].items():
+                    assert torch.equal(value, runs[1][name]), (exchange, family, name)
+
+    for family in ("diagonal", "delta"):
+        case(family, "whole")
+    run_ranks(work, 4)
 
 
 def test_without_sp_a_rank_holds_whole_sequences() -> None:
     for family, (function, *_) in FAMILIES.items():
-        inputs, _, expected = case(family, False)
+        inputs, _, expected = case(family, "whole")
         assert_close(family, function(**inputs), expected["o"], 1e-10)
 
 
@@ -165,9 +208,9 @@ def test_one_collective_each_way_of_the_minimal_summary() -> None:
     def work(rank: int) -> dict[str, tuple[int, int]]:
         moved = {}
         for family in extra:
-            inputs, _, _ = case(family, False)
+            inputs, _, _ = case(family, "whole")
             layout = seqpar.Layout(TOKENS, 3)
-            sp = seqpar.SequenceParallel(layout=layout)
+            sp = seqpar.SequenceParallel(layout=layout, exchange="allgather")
             leaves = {
                 n: (x if x.dim() == 1 else layout.shard(x, rank)).requires_grad_()
                 for n, x in inputs.items()

@@ -187,6 +187,7 @@ def test_conversion_between_layouts_takes_one_all_to_all_each_way(kinds: tuple[s
         moved = convert(mine, wanted, sp)
         assert torch.equal(moved, wanted.shard(x, rank))
         moved.backward(moved.detach())
+        assert mine.grad is not None
         assert torch.equal(mine.grad, mine)
         return sp.comm.traffic["convert"].calls
 
