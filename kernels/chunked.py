@@ -11,12 +11,11 @@ transposed (λ is the gradient of the state that leaves a chunk):
     dS = Aᵀ λ + Qᵀ do      dA = λ Sᵀ      dB = λ      dQ = do Sᵀ      dO = do
 
 Chunks are padded with tokens that change nothing (k = v = beta = log_decay = 0), so segments of any
-length, laid end to end, need no masks.
+length need no masks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -31,28 +30,35 @@ StateMaps = Callable[[Tensor, Tensor, Sequence[Tensor]], tuple[Tensor, Tensor]]
 Maps = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor]], tuple[Tensor, Tensor, Tensor, Tensor]]
 # hands over a state [B, N, H, K, V] when it is first needed
 Late = Callable[[], Tensor]
+Spans = Sequence[tuple[int, int]]
+Steps = list[tuple[list[int], list[int]]]
 
 
 @dataclass(frozen=True)
 class Family:
     """The four functions of one family of recurrences, over tensors [B, T, H, D] on one device.
 
-    gates are [B, T, H, D'] each; scale multiplies q. offsets are the bounds of the N segments laid
-    end to end, from 0 to T. States are fp32, or fp64 for fp64 inputs.
+    gates are [B, T, H, D'] each; scale multiplies q. spans are N token ranges [start, stop), the
+    segments, which are worked on side by side. States are [B, N, H, K, V] in fp32, or fp64 for
+    fp64 inputs.
     """
 
     transition: Transition
     state_maps: StateMaps
     maps: Maps
 
-    def summarize(self, k: Tensor, v: Tensor, gates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The map S_out = A S_in + B of one segment: A (see transition.py), B [B, H, K, V]."""
-        chunks = _Chunks([0, k.shape[1]], k.device)
+    def summarize(
+        self, k: Tensor, v: Tensor, gates: Sequence[Tensor], spans: Spans
+    ) -> tuple[Tensor, Tensor]:
+        """The map S_out = A S_in + B of each segment: A [B, N, H, ...] as in transition.py, B."""
+        chunks = _Chunks(spans, k)
         A, B = self.state_maps(chunks.pad(k), chunks.pad(v), [chunks.pad(x) for x in gates])
-        total, state = A[:, 0], B[:, 0]
-        for c in range(1, B.shape[1]):
-            total = self.transition.product(A[:, c], total)
-            state = self.transition.apply(A[:, c], state) + B[:, c]
+        steps = iter(chunks.steps())
+        _, first = next(steps)
+        total, state = A[:, first], B[:, first]
+        for segments, step in steps:
+            total[:, segments] = self.transition.product(A[:, step], total[:, segments])
+            state[:, segments] = self.transition.apply(A[:, step], state[:, segments]) + B[:, step]
         return total, state
 
     def run(
@@ -62,13 +68,16 @@ class Family:
         v: Tensor,
         gates: Sequence[Tensor],
         scale: float,
-        offsets: Sequence[int],
+        spans: Spans,
         entering: Late,
     ) -> Tensor:
-        """o [B, T, H, V] given the state that enters each segment, asked for late."""
-        chunks = _Chunks(offsets, k.device)
+        """o [B, T, H, V] given the state that enters each segment, asked for late.
+
+        The segments must cover all tokens, in order.
+        """
+        chunks = _Chunks(spans, k)
         A, B, Q, own = self._maps(chunks, q, k, v, gates, scale)
-        states = self._scan(A, B, chunks.bounds, entering())
+        states = self._scan(A, B, entering(), chunks.steps())
         return chunks.join(own + Q @ states).to(v.dtype)
 
     def summarize_backward(
@@ -78,15 +87,21 @@ class Family:
         v: Tensor,
         gates: Sequence[Tensor],
         scale: float,
+        spans: Spans,
         do: Tensor,
     ) -> Tensor:
-        """The gradient [B, H, K, V] that one segment's outputs send to the state entering it."""
-        chunks = _Chunks([0, k.shape[1]], k.device)
+        """The gradient that each segment's own outputs send to the state entering it."""
+        chunks = _Chunks(spans, k)
         A, _, Q, _ = self._maps(chunks, q, k, v, gates, scale)
+        back = self.transition.adjoint(A)
         pull = Q.mT @ chunks.pad(do)
-        state = pull[:, -1]
-        for c in reversed(range(pull.shape[1] - 1)):
-            state = self.transition.apply(self.transition.adjoint(A[:, c]), state) + pull[:, c]
+        steps = iter(chunks.steps_back())
+        _, first = next(steps)
+        state = pull[:, first]
+        for segments, step in steps:
+            state[:, segments] = (
+                self.transition.apply(back[:, step], state[:, segments]) + pull[:, step]
+            )
         return state
 
     def run_backward(
@@ -96,24 +111,25 @@ class Family:
         v: Tensor,
         gates: Sequence[Tensor],
         scale: float,
-        offsets: Sequence[int],
+        spans: Spans,
         entering: Tensor,
         do: Tensor,
         leaving: Late,
     ) -> list[Tensor]:
         """Gradients of q, k, v and each gate.
 
-        entering [B, N, H, K, V]: the states that entered the segments; do [B, T, H, V]; leaving:
-        hands over the gradients [B, N, H, K, V] of the states that left them, when needed.
+        entering: the states that entered the segments; do [B, T, H, V]; leaving: hands over the
+        gradients of the states that left them, when needed.
         """
-        chunks = _Chunks(offsets, k.device)
+        chunks = _Chunks(spans, k)
         inputs = [x.detach().requires_grad_() for x in (q, k, v, *gates)]
         with torch.enable_grad():
             maps = self._maps(chunks, inputs[0], inputs[1], inputs[2], inputs[3:], scale)
         A, B, Q, _ = (x.detach() for x in maps)
         do = chunks.pad(do)
-        states = self._scan(A, B, chunks.bounds, entering)
-        adjoints = self._scan_back(A, Q.mT @ do, chunks.bounds, leaving())
+        states = self._scan(A, B, entering, chunks.steps())
+        back = self.transition.adjoint(A)
+        adjoints = self._scan(back, Q.mT @ do, leaving(), chunks.steps_back())
         dA = self.transition.gradient(A, adjoints, states)
         gradients = zip(maps, (dA, adjoints, do @ states.mT, do), strict=True)
         kept = [(y, dy) for y, dy in gradients if y.requires_grad]  # the identity's A does not
@@ -131,40 +147,44 @@ class Family:
         q, k, v, *gates = (chunks.pad(x) for x in (q, k, v, *gates))
         return self.maps(q * scale, k, v, gates)
 
-    def _scan(self, A: Tensor, B: Tensor, bounds: Sequence[int], entering: Tensor) -> Tensor:
-        """The state that enters each chunk, [B, n, H, K, V]."""
+    def _scan(self, A: Tensor, B: Tensor, entering: Tensor, steps: Steps) -> Tensor:
+        """The state [B, n, H, K, V] that enters each chunk, in the direction of `steps`."""
         states = torch.empty_like(B)
-        for i, (first, stop) in enumerate(pairwise(bounds)):
-            state = entering[:, i]
-            for c in range(first, stop):
-                states[:, c] = state
-                state = self.transition.apply(A[:, c], state) + B[:, c]
+        state = entering.clone()
+        for segments, step in steps:
+            states[:, step] = state[:, segments]
+            state[:, segments] = self.transition.apply(A[:, step], state[:, segments]) + B[:, step]
         return states
-
-    def _scan_back(self, A: Tensor, pull: Tensor, bounds: Sequence[int], leaving: Tensor) -> Tensor:
-        """The gradient of the state that leaves each chunk, [B, n, H, K, V]."""
-        adjoints = torch.empty_like(pull)
-        transposed = self.transition.adjoint(A)
-        for i, (first, stop) in enumerate(pairwise(bounds)):
-            adjoint = leaving[:, i]
-            for c in reversed(range(first, stop)):
-                adjoints[:, c] = adjoint
-                adjoint = self.transition.apply(transposed[:, c], adjoint) + pull[:, c]
-        return adjoints
 
 
 class _Chunks:
     """Where tokens go when each of several segments is padded to whole chunks."""
 
-    def __init__(self, offsets: Sequence[int], device: torch.device) -> None:
-        lengths = [b - a for a, b in pairwise(offsets)]
-        counts = [-(-length // CHUNK) for length in lengths]
-        self.bounds = [sum(counts[:i]) for i in range(len(counts) + 1)]  # in chunks
-        slots = torch.full((self.bounds[-1] * CHUNK,), offsets[-1])  # padding reads an added row
-        for start, length, chunk in zip(offsets, lengths, self.bounds, strict=False):
-            slots[chunk * CHUNK : chunk * CHUNK + length] = torch.arange(start, start + length)
-        self._slots = slots.to(device)
-        self._tokens = (slots < offsets[-1]).nonzero()[:, 0].to(device)
+    def __init__(self, spans: Spans, like: Tensor) -> None:
+        self._counts = [-(-(stop - start) // CHUNK) for start, stop in spans]
+        self._firsts = [sum(self._counts[:i]) for i in range(len(spans))]
+        padding = like.shape[1]  # reads an added row of zeros
+        slots = torch.full((sum(self._counts) * CHUNK,), padding)
+        for (start, stop), chunk in zip(spans, self._firsts, strict=True):
+            slots[chunk * CHUNK : chunk * CHUNK + stop - start] = torch.arange(start, stop)
+        self._slots = slots.to(like.device)
+        self._tokens = (slots < padding).nonzero()[:, 0].to(like.device)
+
+    def steps(self) -> Steps:
+        """(segments, their next chunk) for each step along all segments at once."""
+        return [
+            _pairs((i, first + step) for i, first, count in self._each() if step < count)
+            for step in range(max(self._counts, default=1))
+        ]
+
+    def steps_back(self) -> Steps:
+        """The same from each segment's last chunk to its first."""
+        return [
+            _pairs(
+                (i, first + count - 1 - step) for i, first, count in self._each() if step < count
+            )
+            for step in range(max(self._counts, default=1))
+        ]
 
     def pad(self, x: Tensor) -> Tensor:
         """[B, T, H, D] -> [B, n, H, C, D] in the dtype of states."""
@@ -175,3 +195,14 @@ class _Chunks:
     def join(self, x: Tensor) -> Tensor:
         """[B, n, H, C, D] -> [B, T, H, D]; the padding is dropped."""
         return x.transpose(2, 3).flatten(1, 2).index_select(1, self._tokens)
+
+    def _each(self) -> Iterable[tuple[int, int, int]]:
+        return zip(range(len(self._counts)), self._firsts, self._counts, strict=True)
+
+
+def _pairs(pairs: Iterable[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    left, right = [], []
+    for a, b in pairs:
+        left.append(a)
+        right.append(b)
+    return left, right

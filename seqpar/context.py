@@ -19,6 +19,8 @@ class SequenceParallel:
         exchange: how memory states cross ranks: "auto", or a name in `seqpar.exchange.EXCHANGES`.
         comm: a communicator to go on counting with, instead of a new one for `group`.
         links: what "auto" reckons with (`seqpar.cost.measure`, or given, alike on all ranks).
+        segment_tokens: cut longer runs of one rank into segments of at most so many tokens, which
+            linear layers summarise side by side; None leaves them whole.
 
     Attributes: layout, exchange, links; comm, the counted communicator; rank, in the group.
 
@@ -34,6 +36,7 @@ class SequenceParallel:
         *,
         comm: Communicator | None = None,
         links: Links | None = None,
+        segment_tokens: int | None = None,
     ) -> None:
         if layout is None:
             raise ValueError("layout=None: a Layout is needed, it says which tokens a rank holds")
@@ -56,6 +59,9 @@ class SequenceParallel:
             )
         self.layout, self.exchange, self.comm, self.rank = layout, exchange, comm, comm.rank
         self.links = links
+        if segment_tokens is not None and segment_tokens < 1:
+            raise ValueError(f"segment_tokens={segment_tokens} must be None or from 1; nearest: 1")
+        self.segment_tokens = segment_tokens
         self._choices: dict[tuple[int, int], Choice] = {}
 
     def choice(self, A_bytes: int, B_bytes: int) -> Choice:

@@ -27,6 +27,11 @@ KIND = "state"
 Exchange = Callable[..., States]
 
 
+def through(transition: Transition, A: Tensor, B: Tensor, state: Tensor | None) -> Tensor:
+    """The state that leaves a range; `state` None where none enters or its document ends there."""
+    return B if state is None else transition.apply(A, state) + B
+
+
 def allgather(
     transition: Transition, A: Tensor, B: Tensor, chain: Chain, comm: Communicator
 ) -> States:
@@ -39,7 +44,7 @@ def allgather(
         for position, slot in chain.of(comm.rank):
             state = None
             for place in chain.places[chain.begin(position) : position]:
-                state = _through(transition, gathered_A[place], gathered_B[place], state)
+                state = through(transition, gathered_A[place], gathered_B[place], state)
             entering[slot] = state
         return entering
 
@@ -76,7 +81,7 @@ def allscan(
                     arrived.append(state)
                 if chain.sends(position):
                     carried = state if chain.through[position] else None
-                    out = _through(transition, A[slot], part, carried)
+                    out = through(transition, A[slot], part, carried)
                     target = chain.owner(position + 1)
                     if target == comm.rank:
                         handed.append(out)
@@ -165,7 +170,7 @@ def twolevel(
             for i in (i for i in node if i in slots):
                 state = arrived if i in fed else None
                 for j in range(max(chain.begin(i), first), i):
-                    state = _through(transition, *summaries[j], state)
+                    state = through(transition, *summaries[j], state)
                 if state is not None:
                     entering[slots[i]] = state
             if leader != comm.rank:
@@ -173,7 +178,7 @@ def twolevel(
             if following and chain.sends(last):
                 slot = slots[last]
                 carried = entering.get(slot) if chain.through[last] else None
-                leaving = _through(transition, A[slot], B[slot], carried)
+                leaving = through(transition, A[slot], B[slot], carried)
                 target = chain.owner(following[-1])
                 if target != comm.rank:
                     sending.append(_send(comm, leaving, target))
@@ -216,11 +221,6 @@ def _share(
         got_A, got_B = _unpack(out[None], A, B)
         summaries[i] = got_A[0], got_B[0]
     return summaries
-
-
-def _through(transition: Transition, A: Tensor, B: Tensor, state: Tensor | None) -> Tensor:
-    """The state that leaves a range; `state` None where none enters or its document ends there."""
-    return B if state is None else transition.apply(A, state) + B
 
 
 def _compose(

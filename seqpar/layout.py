@@ -2,7 +2,7 @@
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -37,6 +37,16 @@ class Segment:
     def continued(self) -> bool:
         """Whether its document goes on after it: its state is wanted elsewhere."""
         return self.stop < self.document_stop
+
+    def split(self, limit: int | None) -> list["Segment"]:
+        """Segments of at most `limit` tokens, nearly equal, that make up this one."""
+        length = self.stop - self.start
+        count = 1 if limit is None else -(-length // limit)
+        cuts = [length * i // count for i in range(count + 1)]
+        return [
+            replace(self, start=self.start + a, stop=self.start + b, offset=self.offset + a)
+            for a, b in pairwise(cuts)
+        ]
 
     @property
     def local(self) -> slice:

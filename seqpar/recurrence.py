@@ -1,19 +1,20 @@
-"""A linear recurrence over a sequence cut over ranks: kernels strung together with the exchange."""
+"""A linear recurrence over a sequence cut over ranks: kernels strung together with the exchange.
 
-from collections.abc import Callable
-from itertools import accumulate
+The scan of states runs at three levels, the same algebra at each: chunks within a segment (in the
+kernels), segments within a rank (here), ranks (the exchange).
+"""
+
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from seqpar.chain import Chain
 from seqpar.context import SequenceParallel
-from seqpar.exchange import EXCHANGES, States
-from seqpar.kernels.chunked import Family
+from seqpar.exchange import EXCHANGES, through
+from seqpar.kernels.chunked import Family, Late
 from seqpar.kernels.transition import Transition
-from seqpar.layout import Layout, Segment
+from seqpar.layout import Layout
 
 
 def recurrence(
@@ -49,86 +50,111 @@ class _Recurrence(torch.autograd.Function):
         v: Tensor,
         *gates: Tensor,
     ) -> Tensor:
-        ranges = sp.layout.segments(sp.rank)
-        lengths = (s.stop - s.start for segments in ranges for s in segments)
-        offsets = [0, *accumulate(lengths)]
-        exchanged = any(sp.layout.chain.linked)
-
-        A = k.new_zeros(0)
-        arriving: States | None = None
-        if exchanged:
-            summaries = [
-                family.summarize(k[:, part], v[:, part], [g[:, part] for g in gates])
-                for part in (segments[-1].local for segments in ranges)
-            ]
-            A = torch.stack([A for A, _ in summaries])
-            B = torch.stack([B for _, B in summaries])
-            arriving = _start(sp, family.transition, A, B, sp.layout.chain)
-
-        state_dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
-        blank = k.new_zeros(
-            k.shape[0], len(offsets) - 1, *k.shape[2:], v.shape[-1], dtype=state_dtype
-        )
-        entering = _place(blank, ranges, first=True, states=arriving)
-        o = family.run(q, k, v, gates, scale, offsets, entering)
-        ctx.save_for_backward(q, k, v, A, blank, *gates)  # blank now holds the entering states
-        ctx.plan = family, sp, scale, ranges, offsets, exchanged
+        own = _Segments(sp)
+        precise = torch.float64 if k.dtype == torch.float64 else torch.float32
+        states = k.new_zeros(k.shape[0], len(own.spans), *k.shape[2:], v.shape[-1], dtype=precise)
+        A, entering = k.new_zeros(0), _nothing(states)
+        if own.linked:
+            found = family.summarize(k, v, gates, [own.spans[i] for i in own.continued])
+            A, B = (_spread(x, own.continued, len(own.spans)) for x in found)
+            entering = own.scan(family.transition, A, B, states, backwards=False)
+        o = family.run(q, k, v, gates, scale, own.spans, entering)
+        ctx.save_for_backward(q, k, v, A, states, *gates)  # the states are filled by now
+        ctx.plan = family, own, scale
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, A, entering, *gates = ctx.saved_tensors
-        family, sp, scale, ranges, offsets, exchanged = ctx.plan
-
-        arriving: States | None = None
-        if exchanged:
-            parts = [segments[0].local for segments in ranges]
-            dS = torch.stack(
-                [
-                    family.summarize_backward(
-                        q[:, part],
-                        k[:, part],
-                        v[:, part],
-                        [g[:, part] for g in gates],
-                        scale,
-                        do[:, part],
-                    )
-                    for part in parts
-                ]
-            )
+        family, own, scale = ctx.plan
+        do, adjoints = do.contiguous(), torch.zeros_like(entering)
+        leaving = _nothing(adjoints)
+        if own.linked:
+            spans = [own.spans[i] for i in own.continues]
+            pulled = family.summarize_backward(q, k, v, gates, scale, spans, do)
             back = family.transition.adjoint(A)
-            arriving = _start(sp, family.transition, back, dS, sp.layout.chain.backwards)
-
-        leaving = _place(torch.zeros_like(entering), ranges, first=False, states=arriving)
-        gradients = family.run_backward(
-            q, k, v, gates, scale, offsets, entering, do.contiguous(), leaving
-        )
+            dS = _spread(pulled, own.continues, len(own.spans))
+            leaving = own.scan(family.transition, back, dS, adjoints, backwards=True)
+        gradients = family.run_backward(q, k, v, gates, scale, own.spans, entering, do, leaving)
         return None, None, None, *gradients
 
 
-def _start(
-    sp: SequenceParallel, transition: Transition, A: Tensor, B: Tensor, chain: Chain
-) -> States:
-    sizes = (x[0].numel() * x.element_size() for x in (A, B))
-    choice = sp.choice(*sizes)
-    start = EXCHANGES[choice.name]
-    return start(transition, A.contiguous(), B, chain, sp.comm, **choice.options)
+class _Segments:
+    """This rank's segments, long ones split, and the scan that ties them to those of other ranks.
+
+    spans: their local tokens [start, stop). continues, continued: which of them a state enters,
+    and from which one is handed on. linked: whether a state is handed on anywhere, on any rank.
+    """
+
+    def __init__(self, sp: SequenceParallel) -> None:
+        self._sp = sp
+        parts = [
+            [part for segment in segments for part in segment.split(sp.segment_tokens)]
+            for segments in sp.layout.segments(sp.rank)
+        ]
+        flat = [s for segments in parts for s in segments]
+        self.spans = [(s.local.start, s.local.stop) for s in flat]
+        self.continues = [i for i, s in enumerate(flat) if s.continues]
+        self.continued = [i for i, s in enumerate(flat) if s.continued]
+        self.linked = any(sp.layout.chain.linked) or bool(self.continued)
+        ends = [sum(map(len, parts[: r + 1])) for r in range(len(parts))]
+        self._ranges = [range(end - len(s), end) for end, s in zip(ends, parts, strict=True)]
+
+    def scan(
+        self, transition: Transition, A: Tensor, B: Tensor, states: Tensor, *, backwards: bool
+    ) -> Late:
+        """Start the scan; the result waits, and fills in `states` [B, N, H, K, V] those that enter.
+
+        A, B: the segments' summaries [B, N, H, ...]; backwards, A is transposed.
+        """
+        chain = self._sp.layout.chain.backwards if backwards else self._sp.layout.chain
+        enters = set(self.continued if backwards else self.continues)
+        ranges = [reversed(r) if backwards else r for r in map(list, self._ranges)]
+        orders = [list(order) for order in ranges]
+
+        def fold(order: list[int], state: Tensor | None) -> Tensor:
+            """The state that leaves the range that `state` enters."""
+            for i in order:
+                if i not in enters:
+                    state = None
+                if state is not None:
+                    states[:, i] = state
+                state = through(transition, A[:, i], B[:, i], state)
+            assert state is not None
+            return state
+
+        arriving = None
+        if any(chain.linked):
+            whole_B = torch.stack([fold(order, None) for order in orders])
+            whole_A = torch.stack([self._product(transition, A, order) for order in orders])
+            sizes = (x[0].numel() * x.element_size() for x in (whole_A, whole_B))
+            choice = self._sp.choice(*sizes)
+            start = EXCHANGES[choice.name]
+            arriving = start(transition, whole_A, whole_B, chain, self._sp.comm, **choice.options)
+
+        def late() -> Tensor:
+            arrived = arriving() if arriving else [None] * len(orders)
+            for order, state in zip(orders, arrived, strict=True):
+                fold(order, state)
+            return states
+
+        return late
+
+    @staticmethod
+    def _product(transition: Transition, A: Tensor, order: list[int]) -> Tensor:
+        total = A[:, order[0]]
+        for i in order[1:]:
+            total = transition.product(A[:, i], total)
+        return total
 
 
-def _place(
-    blank: Tensor, ranges: list[list[Segment]], *, first: bool, states: States | None
-) -> Callable[[], Tensor]:
-    """Late: `blank` [B, N, H, K, V] with the state of each range's first (or last) segment."""
+def _nothing(states: Tensor) -> Late:
+    return lambda: states
 
-    def fill() -> Tensor:
-        end = 0
-        for segments, state in zip(
-            ranges, states() if states else [None] * len(ranges), strict=True
-        ):
-            begin, end = end, end + len(segments)
-            if state is not None:
-                blank[:, begin if first else end - 1] = state
-        return blank
 
-    return fill
+def _spread(x: Tensor, segments: list[int], count: int) -> Tensor:
+    """x [B, len(segments), ...] as [B, count, ...], zero for the other segments."""
+    out = x.new_zeros(x.shape[0], count, *x.shape[2:])
+    out[:, segments] = x
+    return out

@@ -59,17 +59,17 @@ def test_the_four_functions_equal_the_token_loop(name: str, tokens: int) -> None
     o, leaving = token_loop(q, k, v, gates, family, entering[:, 0])
     do, d_leaving = torch.randn_like(o), torch.randn_like(leaving)
     expected = torch.autograd.grad((o * do).sum() + (leaving * d_leaving).sum(), leaves)
-    offsets = [0, tokens]
+    spans = [(0, tokens)]
 
     with torch.no_grad():
-        assert_close("o", family.run(q, k, v, gates, 0.5, offsets, lambda: entering), o, 1e-10)
-        A, B = family.summarize(k, v, gates)
-        assert_close("state", family.transition.apply(A, entering[:, 0]) + B, leaving, 1e-10)
-        back = family.transition.apply(family.transition.adjoint(A), d_leaving)
-        back = back + family.summarize_backward(q, k, v, gates, 0.5, do)
-        assert_close("dS", back, expected[-1][:, 0], 1e-10)
+        assert_close("o", family.run(q, k, v, gates, 0.5, spans, lambda: entering), o, 1e-10)
+        A, B = family.summarize(k, v, gates, spans)
+        assert_close("state", family.transition.apply(A, entering) + B, leaving[:, None], 1e-10)
+        back = family.transition.apply(family.transition.adjoint(A), d_leaving[:, None])
+        back = back + family.summarize_backward(q, k, v, gates, 0.5, spans, do)
+        assert_close("dS", back, expected[-1], 1e-10)
         gradients = family.run_backward(
-            q, k, v, gates, 0.5, offsets, entering, do, lambda: d_leaving[:, None]
+            q, k, v, gates, 0.5, spans, entering, do, lambda: d_leaving[:, None]
         )
     for i, (gradient, wanted) in enumerate(zip(gradients, expected[:-1], strict=True)):
         assert_close(f"gradient {i}", gradient, wanted, 1e-10)
@@ -83,13 +83,14 @@ def test_a_sequence_cut_anywhere_and_chained_equals_the_uncut_one(
     offsets = [0, *accumulate(lengths)]
     family, q, k, v, gates = inputs(name, offsets[-1])
     state = torch.zeros(BATCH, HEADS, K, V, dtype=torch.float64)
-    whole = family.run(q, k, v, gates, 0.5, [0, offsets[-1]], lambda: state[:, None])
+    whole = family.run(q, k, v, gates, 0.5, [(0, offsets[-1])], lambda: state[:, None])
+    spans = list(pairwise(offsets))
+    A, B = family.summarize(k, v, gates, spans)
     entering = []
-    for a, b in pairwise(offsets):
+    for i in range(len(spans)):
         entering.append(state)
-        A, B = family.summarize(k[:, a:b], v[:, a:b], [gate[:, a:b] for gate in gates])
-        state = family.transition.apply(A, state) + B
-    cut = family.run(q, k, v, gates, 0.5, offsets, lambda: torch.stack(entering, 1))
+        state = family.transition.apply(A[:, i], state) + B[:, i]
+    cut = family.run(q, k, v, gates, 0.5, spans, lambda: torch.stack(entering, 1))
     assert_close(name, cut, whole, 1e-10)
 
 

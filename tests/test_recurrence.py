@@ -93,10 +93,11 @@ def compute(
     documents: str,
     dtype: torch.dtype,
     exchange: str,
+    segment_tokens: int | None = None,
 ) -> dict[str, Tensor]:
     """This rank's output and gradients."""
     inputs, do, _ = case(family, documents)
-    sp = seqpar.SequenceParallel(layout=layout, exchange=exchange)
+    sp = seqpar.SequenceParallel(layout=layout, exchange=exchange, segment_tokens=segment_tokens)
     leaves = {
         name: (x if x.dim() == 1 else layout.shard(x, rank)).to(dtype).requires_grad_()
         for name, x in inputs.items()
@@ -114,6 +115,7 @@ def check(
     documents: str,
     dtype: torch.dtype = torch.float64,
     bound: float = 1e-10,
+    segment_tokens: int | None = None,
 ) -> None:
     layout = make_layout(world_size, kind, documents)
     for family in FAMILIES:  # before the fork, so that workers inherit them
@@ -121,7 +123,8 @@ def check(
 
     def work(rank: int) -> dict[str, dict[str, Tensor]]:
         return {
-            family: compute(rank, layout, family, documents, dtype, exchange) for family in FAMILIES
+            family: compute(rank, layout, family, documents, dtype, exchange, segment_tokens)
+            for family in FAMILIES
         }
 
     ranks = run_ranks(work, layout.world_size)
@@ -176,6 +179,12 @@ def test_the_full_product_equals_the_token_loop(
 
 def test_fp32_is_within_1e_5() -> None:
     check("auto", 2, "zigzag", "whole", torch.float32, 1e-5)
+
+
+@pytest.mark.parametrize("segment_tokens", [1, 7, 64])
+def test_the_numbers_do_not_depend_on_how_a_rank_cuts_its_tokens(segment_tokens: int) -> None:
+    check("auto", 2, "zigzag", "packed", segment_tokens=segment_tokens)
+    check("auto", 1, "contiguous", "whole", segment_tokens=segment_tokens)
 
 
 def test_a_repeated_run_gives_the_same_bits() -> None:
