@@ -45,7 +45,7 @@ def linear_attention(
     gates = [] if log_decay is None else [_check_decay(log_decay, k, v, constant=True)]
     q, k = _spread(q, v), _spread(k, v)
     family = DECAYED_LINEAR if gates else LINEAR
-    return recurrence(family, q, k, v, gates, _scale(scale, q), sp)
+    return recurrence("linear_attention", family, q, k, v, gates, _scale(scale, q), sp)
 
 
 def delta_attention(
@@ -85,7 +85,7 @@ def delta_attention(
     if log_decay is not None:
         gates.append(_check_decay(log_decay, k, v, constant=False))
     q, k = _spread(q, v), _spread(k, v)
-    return recurrence(DELTA, q, k, v, gates, _scale(scale, q), sp)
+    return recurrence("delta_attention", DELTA, q, k, v, gates, _scale(scale, q), sp)
 
 
 def dplr_attention(
@@ -120,7 +120,7 @@ def dplr_attention(
             raise ValueError(f"{name} is {_shape(x)}, it must be [B, T, HV, K] = {wanted}")
         _check_floating(name, x)
     q, k = _spread(q, v), _spread(k, v)
-    return recurrence(DPLR, q, k, v, [a, b, log_decay], _scale(scale, q), sp)
+    return recurrence("dplr_attention", DPLR, q, k, v, [a, b, log_decay], _scale(scale, q), sp)
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor, sp: SequenceParallel | None) -> None:

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from seqpar.agreement import agreement_of
+
 # torch 2.13 renames these two and warns at the old names; 2.11 has only the old ones.
 _all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -42,15 +44,13 @@ class Traffic:
 class Pending:
     """The result of a collective under way. `wait()` blocks until it is there and returns it."""
 
-    def __init__(self, result: Tensor, work: Any, traffic: Traffic) -> None:
-        self._result, self._work, self._traffic = result, work, traffic
+    def __init__(self, result: Tensor, wait: Callable[[], None] | None) -> None:
+        self._result, self._wait = result, wait
 
     def wait(self) -> Tensor:
-        if self._work is not None:
-            begin = time.perf_counter()
-            self._work.wait()
-            self._traffic.seconds_waited += time.perf_counter() - begin
-            self._work = None
+        if self._wait is not None:
+            self._wait()
+            self._wait = None
         return self._result
 
 
@@ -68,8 +68,34 @@ class Communicator:
         self.rank = dist.get_rank(group) if group is not None else 0
         self.size = dist.get_world_size(group) if group is not None else 1
         self.traffic: dict[str, Traffic] = {}
+        self._agreement = agreement_of(group) if group is not None and self.size > 1 else None
         self._thread: ThreadPoolExecutor | None = None
         self._stream: torch.cuda.Stream | None = None
+
+    def reach(self, call: str) -> None:
+        """Announce what this rank is about to do; return when all ranks have announced the same.
+
+        Raises:
+            ValueError: another rank announced something else.
+            ExchangeError: one did not come here within the process group's timeout.
+        """
+        if self._agreement is not None:
+            self._agreement.reach(call)
+
+    def wait(self, works: Sequence[Any], kind: str = "other") -> None:
+        """Wait for messages under way.
+
+        Raises:
+            ExchangeError: one failed or ran into the process group's timeout.
+        """
+        traffic = self.traffic.setdefault(kind, Traffic())
+        begin = time.perf_counter()
+        try:
+            for work in works:
+                work.wait()
+        except RuntimeError as error:
+            raise self._failure(error) from error
+        traffic.seconds_waited += time.perf_counter() - begin
 
     def total(self) -> Traffic:
         """The sum of all kinds of traffic so far."""
@@ -85,24 +111,24 @@ class Communicator:
         """Start gathering `x` (same shape on all ranks) into [size, *x.shape], by rank."""
         x = x.contiguous()
         moved = x.numel() * x.element_size() * (self.size - 1)
-        traffic = self._count(kind, moved, moved)
+        self._count(kind, moved, moved)
         if self.size == 1:
-            return Pending(x[None], None, traffic)
+            return Pending(x[None], None)
         # gloo takes the output only in one dimension
         out = x.new_empty(self.size * x.numel())
         work = _all_gather_flat(out, x.view(-1), group=self.group, async_op=True)
-        return Pending(out.view(self.size, *x.shape), work, traffic)
+        return Pending(out.view(self.size, *x.shape), lambda: self.wait([work], kind))
 
     def reduce_scatter(self, x: Tensor, kind: str = "other") -> Pending:
         """Start summing `x` [size, ...] over ranks; rank r receives the sum of the x[r]."""
         x = x.contiguous()
         moved = x[0].numel() * x.element_size() * (self.size - 1)
-        traffic = self._count(kind, moved, moved)
+        self._count(kind, moved, moved)
         if self.size == 1:
-            return Pending(x[0], None, traffic)
+            return Pending(x[0], None)
         out = x.new_empty(x[0].numel())
         work = _reduce_scatter_flat(out, x.view(-1), group=self.group, async_op=True)
-        return Pending(out.view(x.shape[1:]), work, traffic)
+        return Pending(out.view(x.shape[1:]), lambda: self.wait([work], kind))
 
     def all_to_all(
         self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], kind: str = "other"
@@ -114,17 +140,17 @@ class Communicator:
         x = x.contiguous()
         row = x[0].numel() * x.element_size() if len(x) else 0
         out = x.new_empty(sum(receive_rows), *x.shape[1:])
-        traffic = self._count(
+        self._count(
             kind,
             (sum(send_rows) - send_rows[self.rank]) * row,
             (sum(receive_rows) - receive_rows[self.rank]) * row,
         )
         if self.size == 1:
-            return Pending(x, None, traffic)
+            return Pending(x, None)
         work = dist.all_to_all_single(
             out, x, list(receive_rows), list(send_rows), group=self.group, async_op=True
         )
-        return Pending(out, work, traffic)
+        return Pending(out, lambda: self.wait([work], kind))
 
     def send(self, x: Tensor, to: int, kind: str = "other") -> Any:
         """Start sending `x` to rank `to`; keep `x` until the returned work has been waited for."""
@@ -181,7 +207,10 @@ class Communicator:
 
         def finished() -> T:
             begin = time.perf_counter()
-            result = future.result()
+            try:
+                result = future.result()
+            except RuntimeError as error:
+                raise self._failure(error) from error
             traffic.seconds_waited += time.perf_counter() - begin
             return result
 
@@ -191,11 +220,12 @@ class Communicator:
         """The elementwise `op` ("sum", "max" or "min") of `x` over ranks, as a new tensor."""
         out = x.clone()
         moved = x.numel() * x.element_size() * 2 * (self.size - 1) // self.size
-        traffic = self._count(kind, moved, moved)
+        self._count(kind, moved, moved)
         if self.size == 1:
             return out
         work = dist.all_reduce(out, _REDUCTIONS[op], group=self.group, async_op=True)
-        return Pending(out, work, traffic).wait()
+        self.wait([work], kind)
+        return out
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """The `value` of every rank, by rank (pickled: for small things, outside the step)."""
@@ -218,10 +248,12 @@ class Communicator:
         if self.size > 1:
             dist.barrier(group=self.group)
 
-    def _count(self, kind: str, sent: int, received: int) -> Traffic:
+    def _failure(self, error: RuntimeError) -> RuntimeError:
+        return self._agreement.failure(error) if self._agreement is not None else error
+
+    def _count(self, kind: str, sent: int, received: int) -> None:
         traffic = self.traffic.setdefault(kind, Traffic())
         if self.size > 1:
             traffic.calls += 1
             traffic.bytes_sent += sent
             traffic.bytes_received += received
-        return traffic

@@ -62,6 +62,7 @@ class SequenceParallel:
         if segment_tokens is not None and segment_tokens < 1:
             raise ValueError(f"segment_tokens={segment_tokens} must be None or from 1; nearest: 1")
         self.segment_tokens = segment_tokens
+        self._reached = False
         self._choices: dict[tuple[int, int], Choice] = {}
 
     def choice(self, A_bytes: int, B_bytes: int) -> Choice:
@@ -70,6 +71,26 @@ class SequenceParallel:
         if key not in self._choices:
             self._choices[key] = choose(self.exchange, self.layout.chain, self.links, *key)
         return self._choices[key]
+
+    def enter(self, call: str, **tensors: Tensor) -> None:
+        """Make sure that all ranks are about to make this call, with the same shapes and layout.
+
+        tensors: [B, T, ...] each; the number of tokens is the layout's affair. Every differentiable
+        function calls this before its first exchange, forward and backward.
+
+        Raises:
+            ValueError, ExchangeError: as `Communicator.reach`.
+        """
+        if self.comm.size == 1:
+            return
+        if not self._reached:
+            self.comm.reach(f"{self.layout!r} ({self.layout.digest}), exchange={self.exchange}")
+            self._reached = True
+        shapes = (
+            f"{name} [{', '.join([str(x.shape[0]), 'T', *map(str, x.shape[2:])])}] {x.dtype}"
+            for name, x in tensors.items()
+        )
+        self.comm.reach(f"{call}({', '.join(shapes)})")
 
     def check_shard(self, name: str, x: Tensor) -> None:
         """Raise ValueError unless `x` [B, T, ...] is this rank's shard under the layout."""

@@ -47,6 +47,7 @@ def causal_conv1d(
     mine = halos(rank)
     lengths = [stop - start for start, stop in mine]
     if reach and any(layout.chain.linked):
+        sp.enter("causal_conv1d", x=x, weight=weight.T[None])
         arrived = fetch(x, layout.ranges, halos, sp.comm, kind="halo").split(lengths, 1)
     else:
         arrived = x[:, :0].split([0] * len(lengths), 1)

@@ -178,8 +178,7 @@ def _shift(
     for _ in range(6):
         begin = time.perf_counter()
         if to is not None and source is not None:
-            for work in comm.send_receive([(out, to)], [(into, source)], "measure"):
-                work.wait()
+            comm.wait(comm.send_receive([(out, to)], [(into, source)], "measure"), "measure")
         wait()
         times.append(time.perf_counter() - begin)
     return median(times[1:])  # the first makes the connection

@@ -36,6 +36,7 @@ def convert(x: Tensor, target: Layout, sp: SequenceParallel) -> Tensor:
                 f"target has {name}={getattr(target, name)}, the layout of x has "
                 f"{getattr(sp.layout, name)}: only the order over the same ranks can change"
             )
+    sp.enter(f"convert to {target!r}", x=x)
     return fetch(x, sp.layout.ranges, target.ranges, sp.comm, kind="convert")
 
 
@@ -70,6 +71,7 @@ class _Fetch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, routes: _Routes, comm: Communicator, kind: str) -> Tensor:
         ctx.routes, ctx.comm, ctx.kind, ctx.shape = routes, comm, kind, x.shape
+        comm.reach(f"exchange of {kind}, [{x.shape[0]}, T, {list(x.shape[2:])}] {x.dtype}")
         rows = x.transpose(0, 1)  # [T, B, ...]
         sent = rows.index_select(0, routes.sent.to(x.device))
         came = comm.all_to_all(sent, routes.send_rows, routes.receive_rows, kind).wait()
@@ -81,6 +83,7 @@ class _Fetch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         routes: _Routes = ctx.routes
+        ctx.comm.reach(f"backward of the exchange of {ctx.kind}, {dout.dtype}")
         sent = dout.transpose(0, 1).index_select(0, routes.placed.to(dout.device))
         back = ctx.comm.all_to_all(sent, routes.receive_rows, routes.send_rows, ctx.kind).wait()
         batch, tokens, *rest = ctx.shape

@@ -1,5 +1,6 @@
 """Which tokens of the global stream a rank owns, in which order, and where documents begin."""
 
+import hashlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -114,6 +115,12 @@ class Layout:
         """How many tokens `rank` holds."""
         self._check_rank(rank)
         return self.shard_sizes[rank]
+
+    @cached_property
+    def digest(self) -> str:
+        """The same for two layouts only if they are the same."""
+        whole = repr((self.total_tokens, self.kind, self.documents, self.shard_sizes))
+        return hashlib.blake2b(whole.encode(), digest_size=8).hexdigest()
 
     @cached_property
     def chain(self) -> Chain:

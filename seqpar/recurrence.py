@@ -18,6 +18,7 @@ from seqpar.layout import Layout
 
 
 def recurrence(
+    name: str,
     family: Family,
     q: Tensor,
     k: Tensor,
@@ -26,10 +27,13 @@ def recurrence(
     scale: float,
     sp: SequenceParallel | None,
 ) -> Tensor:
-    """o [B, T, H, V] of this rank's tokens, for q, k [B, T, H, K], v, and gates [B, T, H, D]."""
+    """o [B, T, H, V] of this rank's tokens, for q, k [B, T, H, K], v, and gates [B, T, H, D].
+
+    name: the public function's, for messages.
+    """
     if sp is None:
         sp = SequenceParallel(layout=Layout(q.shape[1], 1))
-    return _Recurrence.apply(family, sp, scale, q, k, v, *gates)
+    return _Recurrence.apply(name, family, sp, scale, q, k, v, *gates)
 
 
 class _Recurrence(torch.autograd.Function):
@@ -42,6 +46,7 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        name: str,
         family: Family,
         sp: SequenceParallel,
         scale: float,
@@ -54,22 +59,26 @@ class _Recurrence(torch.autograd.Function):
         precise = torch.float64 if k.dtype == torch.float64 else torch.float32
         states = k.new_zeros(k.shape[0], len(own.spans), *k.shape[2:], v.shape[-1], dtype=precise)
         A, entering = k.new_zeros(0), _nothing(states)
+        if own.exchanged:
+            sp.enter(name, q=q, v=v)
         if own.linked:
             found = family.summarize(k, v, gates, [own.spans[i] for i in own.continued])
             A, B = (_spread(x, own.continued, len(own.spans)) for x in found)
             entering = own.scan(family.transition, A, B, states, backwards=False)
         o = family.run(q, k, v, gates, scale, own.spans, entering)
         ctx.save_for_backward(q, k, v, A, states, *gates)  # the states are filled by now
-        ctx.plan = family, own, scale
+        ctx.plan = name, family, sp, own, scale
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, A, entering, *gates = ctx.saved_tensors
-        family, own, scale = ctx.plan
+        name, family, sp, own, scale = ctx.plan
         do, adjoints = do.contiguous(), torch.zeros_like(entering)
         leaving = _nothing(adjoints)
+        if own.exchanged:
+            sp.enter(f"backward of {name}", q=q, v=v)
         if own.linked:
             spans = [own.spans[i] for i in own.continues]
             pulled = family.summarize_backward(q, k, v, gates, scale, spans, do)
@@ -77,14 +86,15 @@ class _Recurrence(torch.autograd.Function):
             dS = _spread(pulled, own.continues, len(own.spans))
             leaving = own.scan(family.transition, back, dS, adjoints, backwards=True)
         gradients = family.run_backward(q, k, v, gates, scale, own.spans, entering, do, leaving)
-        return None, None, None, *gradients
+        return None, None, None, None, *gradients
 
 
 class _Segments:
     """This rank's segments, long ones split, and the scan that ties them to those of other ranks.
 
     spans: their local tokens [start, stop). continues, continued: which of them a state enters,
-    and from which one is handed on. linked: whether a state is handed on anywhere, on any rank.
+    and from which one is handed on. exchanged: whether any rank hands a state to another; linked:
+    or this one to itself.
     """
 
     def __init__(self, sp: SequenceParallel) -> None:
@@ -97,7 +107,8 @@ class _Segments:
         self.spans = [(s.local.start, s.local.stop) for s in flat]
         self.continues = [i for i, s in enumerate(flat) if s.continues]
         self.continued = [i for i, s in enumerate(flat) if s.continued]
-        self.linked = any(sp.layout.chain.linked) or bool(self.continued)
+        self.exchanged = any(sp.layout.chain.linked)
+        self.linked = self.exchanged or bool(self.continued)
         ends = [sum(map(len, parts[: r + 1])) for r in range(len(parts))]
         self._ranges = [range(end - len(s), end) for end, s in zip(ends, parts, strict=True)]
 
@@ -125,7 +136,7 @@ class _Segments:
             return state
 
         arriving = None
-        if any(chain.linked):
+        if self.exchanged:
             whole_B = torch.stack([fold(order, None) for order in orders])
             whole_A = torch.stack([self._product(transition, A, order) for order in orders])
             sizes = (x[0].numel() * x.element_size() for x in (whole_A, whole_B))

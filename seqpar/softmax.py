@@ -51,6 +51,7 @@ def softmax_attention(
         method = choose_softmax(
             sp.links, sp.layout.total_tokens, q.shape[2], k.shape[2], q.shape[3], q.element_size()
         )
+    sp.enter(f"softmax_attention, method={method}, causal={causal}", q=q, k=k)
     if method == "ulysses":
         return ulysses(q, k, v, causal, scale, sp)
     layout = sp.layout

@@ -45,6 +45,7 @@ class Gather:
         self, k: Tensor, v: Tensor, group: int, precise: torch.dtype
     ) -> Iterator[Part]:
         layout = self._sp.layout
+        self._sp.enter("backward of softmax_attention by gathering", k=k)
         self._returning.clear()
         for part in self.parts(k, v, group):
             part.gradients = part.keys.new_zeros(2, *part.keys.shape, dtype=precise)
@@ -84,8 +85,7 @@ class Ring:
             tokens = slice(layout.shard_sizes[owner])
             keys, values = here[:, :, :, tokens]
             yield Part(slice(None), keys, values, layout.ranges(owner))
-            for work in works:
-                work.wait()
+            self._sp.comm.wait(works, KIND)
             here = arriving
 
     def parts_backward(
@@ -93,6 +93,7 @@ class Ring:
     ) -> Iterator[Part]:
         layout, size = self._sp.layout, self._sp.comm.size
         longest = max(layout.shard_sizes)
+        self._sp.enter("backward of softmax_attention round the ring", k=k)
         arriving: Tensor | None = None
         works: list[Any] = []
         total = k.new_zeros(0)  # kept until the next hop: it may still be on its way out
@@ -100,14 +101,12 @@ class Ring:
             part.gradients = part.keys.new_zeros(2, *part.keys.shape, dtype=precise)
             yield part
             own = _padded(part.gradients, longest)
-            for work in works:
-                work.wait()
+            self._sp.comm.wait(works, KIND)
             total = own if arriving is None else own + arriving
             if size > 1:
                 arriving = torch.empty_like(total)
                 works = self._pass_on(total, arriving)
-        for work in works:
-            work.wait()
+        self._sp.comm.wait(works, KIND)
         self._home = total if arriving is None else arriving
 
     def gradients(self) -> tuple[Tensor, Tensor]:

@@ -125,6 +125,7 @@ def _swap(
     sp: SequenceParallel,
 ) -> list[list[Tensor]]:
     """One all-to-all of some tensors for each rank; those received, of the given shapes."""
+    sp.enter("exchange of heads")
     sizes = [[torch.Size(shape).numel() for shape in found] for found in shapes]
     flat = torch.cat([x.flatten() for tensors in sent for x in tensors])
     send_rows = [sum(x.numel() for x in tensors) for tensors in sent]

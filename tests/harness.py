@@ -37,9 +37,15 @@ def _worker(
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 120.0,
+    survivors: list[int] | None = None,
 ) -> list[Any]:
     """Call `fn(rank, *args)` on `world_size` forked ranks; return their results by rank.
+
+    survivors: the ranks to hear from, where others are meant to die; all by default.
 
     The default process group is gloo over a file store. Raises AssertionError with the traceback
     of the first rank that fails, dies, or has not answered after `timeout` seconds. Results must
@@ -58,7 +64,7 @@ def run_ranks(
             pipes.append(receive)
             workers.append(worker)
         try:
-            return _collect(pipes, timeout)
+            return _collect([pipes[rank] for rank in survivors or range(world_size)], timeout)
         finally:
             for worker in workers:
                 worker.join(0.5)
