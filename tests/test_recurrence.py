@@ -268,3 +268,45 @@ def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
     arguments = {name: torch.zeros(batch, 8, 2, 4) for name in "qkv"} | change
     with pytest.raises(ValueError, match=message):
         seqpar.linear_attention(**arguments)
+
+
+def test_several_steps_a_token_are_interleaved_tokens() -> None:
+    """DeltaProduct (arXiv 2502.10297): each token applies two Householder steps, read after both."""
+    steps, tokens = 2, 48
+    torch.manual_seed(0)
+    q = torch.randn(1, tokens, HEADS, K).double()
+    v = torch.randn(1, tokens, steps, HEADS, V).double()
+    k = torch.nn.functional.normalize(torch.randn(1, tokens, steps, HEADS, K).double(), dim=-1)
+    beta = 2 * torch.rand(1, tokens, steps, HEADS).double()
+    decay = -torch.rand(1, tokens, HEADS).double()
+
+    state, rows = torch.zeros(1, HEADS, K, V).double(), []
+    for t in range(tokens):
+        state = decay[:, t].exp()[..., None, None] * state
+        for j in range(steps):
+            key = k[:, t, j, :, :, None]
+            change = v[:, t, j, :, None] - key.mT @ state
+            state = state + beta[:, t, j, :, None, None] * key * change
+        rows.append((q[:, t, :, None] @ state).squeeze(-2))
+    expected = torch.stack(rows, 1) * K**-0.5
+
+    def interleaved(x: Tensor) -> Tensor:
+        """[B, T, ...] -> [B, T * steps, ...]: x at each token's first step, zero at the others."""
+        return torch.stack([x, *[torch.zeros_like(x)] * (steps - 1)], 2).flatten(1, 2)
+
+    layout = seqpar.Layout(tokens * steps, 2)
+    inputs = {
+        "q": interleaved(q).roll(steps - 1, 1),  # read after the last step
+        "k": k.flatten(1, 2),
+        "v": v.flatten(1, 2),
+        "beta": beta.flatten(1, 2),
+        "log_decay": interleaved(decay),
+    }
+
+    def work(rank: int) -> Tensor:
+        sp = seqpar.SequenceParallel(layout=layout)
+        local = {name: layout.shard(x, rank) for name, x in inputs.items()}
+        return seqpar.delta_attention(**local, sp=sp)
+
+    o = layout.unshard(run_ranks(work, 2))[:, steps - 1 :: steps]
+    assert_close("o", o, expected, 1e-10)
