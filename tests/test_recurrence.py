@@ -271,7 +271,7 @@ def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
 
 
 def test_several_steps_a_token_are_interleaved_tokens() -> None:
-    """DeltaProduct (arXiv 2502.10297): each token applies two Householder steps, read after both."""
+    """DeltaProduct (arXiv 2502.10297): two Householder steps a token, read after both."""
     steps, tokens = 2, 48
     torch.manual_seed(0)
     q = torch.randn(1, tokens, HEADS, K).double()
@@ -306,7 +306,7 @@ def test_several_steps_a_token_are_interleaved_tokens() -> None:
     def work(rank: int) -> Tensor:
         sp = seqpar.SequenceParallel(layout=layout)
         local = {name: layout.shard(x, rank) for name, x in inputs.items()}
-        return seqpar.delta_attention(**local, sp=sp)
+        return FAMILIES["delta scalar"][0](**local, sp=sp)
 
     o = layout.unshard(run_ranks(work, 2))[:, steps - 1 :: steps]
     assert_close("o", o, expected, 1e-10)
