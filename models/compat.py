@@ -1,0 +1,112 @@
+"""Makes Megatron-Core run on a machine without a GPU. Call `install()` before building anything.
+
+Megatron names "the GPU of this process" in five ways, each answered once here:
+- `torch.cuda.current_device()` used as a device: the answer is the CPU;
+- string literals ("cuda" as a device, "torch.cuda.FloatTensor" as a type name): rewritten in the
+  functions of a few named modules, so that nothing has to be intercepted at run time;
+- the CUDA random state: is the CPU's;
+- synchronisation: there is nothing to wait for;
+- copies to the host on a side stream (the token dispatcher): only the type of the splits changes.
+"""
+
+import importlib
+import inspect
+import logging
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The modules whose functions hold device literals on the paths this project uses.
+_MODULES_WITH_LITERALS = (
+    "megatron.core.optimizer.clip_grads",
+    "megatron.core.optimizer.optimizer",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.transformer.moe.moe_utils",
+    "megatron.core.utils",
+)
+
+_installed = False
+
+
+def install() -> None:
+    """Make Megatron-Core usable without a GPU; does nothing where there is one, or when repeated.
+
+    For the whole process it changes `Tensor.cuda` and, in `torch.cuda`, `current_device`,
+    `current_stream`, `synchronize`, `empty_cache` and the random state: these only raise otherwise.
+    """
+    global _installed
+    if _installed or torch.cuda.is_available():
+        return
+    _installed = True
+    _answer_for_torch_cuda()
+    _rewrite_literals()
+    _share_the_random_state()
+    _keep_splits_on_the_host()
+
+
+def _answer_for_torch_cuda() -> None:
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.synchronize = lambda device=None: None
+    cuda.empty_cache = lambda: None
+    cuda.current_stream = lambda device=None: None
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
+    cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
+    Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+
+
+def _rewrite_literals() -> None:
+    for name in _MODULES_WITH_LITERALS:
+        module = importlib.import_module(name)
+        for function in _functions_of(module):
+            function.__code__ = _without_cuda(function.__code__)
+
+
+def _functions_of(module: types.ModuleType) -> Iterator[types.FunctionType]:
+    """Every function and method defined in `module`, decorated ones included."""
+    for value in vars(module).values():
+        members = vars(value).values() if inspect.isclass(value) else (value,)
+        for member in members:
+            candidate = inspect.unwrap(getattr(member, "__func__", member))
+            if inspect.isfunction(candidate) and candidate.__module__ == module.__name__:
+                yield candidate
+
+
+def _without_cuda(value: Any) -> Any:
+    """A constant of a function, or its code, with each device literal naming the CPU instead."""
+    if isinstance(value, str):
+        return {"cuda": "cpu"}.get(value, value.replace("torch.cuda.", "torch."))
+    if isinstance(value, tuple):
+        return tuple(_without_cuda(item) for item in value)
+    if isinstance(value, types.CodeType):
+        return value.replace(co_consts=_without_cuda(value.co_consts))
+    return value
+
+
+def _share_the_random_state() -> None:
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    # Forking the tracker moves the CPU's random state, as it must here.
+    logging.getLogger(random.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
+
+
+def _keep_splits_on_the_host() -> None:
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    def splits_as_lists(self: Any, point: str, tokens_per_expert: Any = None) -> Any:
+        for name in ("input_splits", "output_splits", "output_splits_tp"):
+            splits = getattr(self, name, None)
+            if isinstance(splits, Tensor):
+                setattr(self, name, splits.tolist())
+        return tokens_per_expert
+
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = "none: there is no GPU"
+    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = splits_as_lists

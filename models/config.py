@@ -1,0 +1,155 @@
+"""The model's shape in plain types, and its checks. Imports neither torch nor Megatron."""
+
+import dataclasses
+from dataclasses import dataclass
+
+MIXERS = {"G": "gla", "D": "gated_deltanet", "N": "softmax"}
+"""What a pattern letter stands for; besides these, L is `linear_mixer`."""
+
+
+@dataclass
+class ModelConfig:
+    """A decoder-only language model: in each layer a mixer (by the pattern) and an MLP or MoE.
+
+    Attributes:
+        pattern: one letter a layer, spaces allowed ("LLLN LLLN"): L the `linear_mixer`, G gated
+            linear attention, D Gated DeltaNet, N softmax attention.
+        linear_mixer: what L means, "gla" or "gated_deltanet".
+        hidden_size, vocab_size: width of the hidden states, number of tokens.
+        num_heads: heads of every mixer.
+        head_dim: query and key dimension of a linear head; 0: half of value_head_dim.
+        value_head_dim: value dimension of a linear head; 0: hidden_size / num_heads.
+        kv_heads: key and value heads of a softmax layer; 0: num_heads.
+        softmax_head_dim: dimension of a softmax head; 0: hidden_size / num_heads.
+        rope_base, rope_fraction: rotary embedding in softmax layers, over that part of each head.
+        gate_rank: rank of gated linear attention's decay projection.
+        conv_width: taps of Gated DeltaNet's short convolutions.
+        ffn_hidden_size: width of the SwiGLU MLP; 0: 8/3 hidden_size, rounded up to 64s.
+        num_experts: experts of the mixture that is the MLP of every layer; 0: one dense MLP.
+        moe_top_k: experts each token goes to.
+        moe_ffn_hidden_size: width of one expert; 0: ffn_hidden_size / moe_top_k, rounded up.
+        moe_aux_loss: weight of the load balancing loss.
+        tie_embeddings: whether the output layer shares the embedding's weight.
+        norm_epsilon, init_std: of the RMS norms; of the normal initialisation.
+    """
+
+    pattern: str = "LLLN"
+    linear_mixer: str = "gla"
+    hidden_size: int = 256
+    vocab_size: int = 256
+    num_heads: int = 4
+    head_dim: int = 0
+    value_head_dim: int = 0
+    kv_heads: int = 0
+    softmax_head_dim: int = 0
+    rope_base: float = 10000.0
+    rope_fraction: float = 1.0
+    gate_rank: int = 16
+    conv_width: int = 4
+    ffn_hidden_size: int = 0
+    num_experts: int = 0
+    moe_top_k: int = 2
+    moe_ffn_hidden_size: int = 0
+    moe_aux_loss: float = 0.01
+    tie_embeddings: bool = False
+    norm_epsilon: float = 1e-5
+    init_std: float = 0.02
+
+
+def layer_mixers(model: ModelConfig) -> list[str]:
+    """The mixer of each layer, in order: "gla", "gated_deltanet" or "softmax".
+
+    Raises:
+        ValueError: an unknown letter or linear mixer, or no letter at all.
+    """
+    linear = [name for name in MIXERS.values() if name != "softmax"]
+    if model.linear_mixer not in linear:
+        raise ValueError(
+            f"model.linear_mixer={model.linear_mixer!r} must be one of {', '.join(linear)}"
+        )
+    letters = {"L": model.linear_mixer, **MIXERS}
+    legal = ", ".join(f"{letter} ({name})" for letter, name in letters.items())
+    pattern = "".join(model.pattern.split())
+    if not pattern:
+        raise ValueError(f"model.pattern={model.pattern!r} must hold one letter a layer: {legal}")
+    for letter in pattern:
+        if letter not in letters:
+            raise ValueError(
+                f"model.pattern={model.pattern!r} holds the unknown letter {letter!r}; "
+                f"legal letters: {legal}"
+            )
+    return [letters[letter] for letter in pattern]
+
+
+def resolved(model: ModelConfig) -> ModelConfig:
+    """A checked copy of `model` in which every 0 is the number it stands for.
+
+    Raises:
+        ValueError: a field that cannot be, its rule and the nearest legal value.
+    """
+    layer_mixers(model)
+    for field in dataclasses.fields(model):
+        value = getattr(model, field.name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            check_at_least(f"model.{field.name}", value, 0 if field.default == 0 else 1)
+    if not model.value_head_dim or not model.softmax_head_dim:
+        check_divides("model.num_heads", model.num_heads, "model.hidden_size", model.hidden_size)
+    value_dim = model.value_head_dim or model.hidden_size // model.num_heads
+    ffn = model.ffn_hidden_size or _round_up(model.hidden_size * 8 // 3, 64)
+    found = dataclasses.replace(
+        model,
+        head_dim=model.head_dim or max(1, value_dim // 2),
+        value_head_dim=value_dim,
+        kv_heads=model.kv_heads or model.num_heads,
+        softmax_head_dim=model.softmax_head_dim or model.hidden_size // model.num_heads,
+        ffn_hidden_size=ffn,
+        moe_ffn_hidden_size=model.moe_ffn_hidden_size or _round_up(ffn // model.moe_top_k, 8),
+    )
+    _check(found)
+    return found
+
+
+def _check(model: ModelConfig) -> None:
+    check_divides("model.kv_heads", model.kv_heads, "model.num_heads", model.num_heads)
+    if not 0 <= model.rope_fraction <= 1:
+        nearest = min(max(model.rope_fraction, 0), 1)
+        raise ValueError(
+            f"model.rope_fraction={model.rope_fraction} must be from 0 to 1; nearest: {nearest}"
+        )
+    if model.softmax_head_dim % 2:
+        raise ValueError(
+            f"model.softmax_head_dim={model.softmax_head_dim} must be even, rotary embedding turns "
+            f"pairs; nearest: {model.softmax_head_dim - 1}, {model.softmax_head_dim + 1}"
+        )
+    for name in ("rope_base", "norm_epsilon", "init_std"):
+        if getattr(model, name) <= 0:
+            raise ValueError(f"model.{name}={getattr(model, name)} must be above 0")
+    if model.moe_aux_loss < 0:
+        raise ValueError(
+            f"model.moe_aux_loss={model.moe_aux_loss} must not be negative; nearest: 0"
+        )
+    if 0 < model.num_experts < model.moe_top_k:
+        raise ValueError(
+            f"model.moe_top_k={model.moe_top_k} must not be above "
+            f"model.num_experts={model.num_experts}; nearest: {model.num_experts}"
+        )
+
+
+def check_at_least(name: str, value: int, least: int) -> None:
+    """Raise ValueError, with the nearest legal value, unless value >= least."""
+    if value < least:
+        raise ValueError(f"{name}={value} must be at least {least}; nearest: {least}")
+
+
+def check_divides(name: str, value: int, of_name: str, of: int) -> None:
+    """Raise ValueError, with the nearest divisors, unless value divides `of`."""
+    if of % value:
+        divisors = [d for d in range(1, of + 1) if of % d == 0]
+        nearest = [d for d in divisors if d < value][-1:] + [d for d in divisors if d > value][:1]
+        raise ValueError(
+            f"{name}={value} must divide {of_name}={of}; nearest: {', '.join(map(str, nearest))}"
+        )
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,118 @@
+"""The Linear-MoE-style language model: Megatron's GPTModel over the layers of a pattern."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from seqpar import SequenceParallel
+from seqpar.models.config import ModelConfig
+from seqpar.models.norm import RMSNorm
+from seqpar.models.sequence import SequenceParallelParams
+from seqpar.models.specs import hybrid_layer_spec
+
+
+def build_language_model(
+    model: ModelConfig,
+    config: TransformerConfig,
+    groups: ProcessGroupCollection,
+    *,
+    softmax_method: str = "auto",
+    pre_process: bool = True,
+    post_process: bool = True,
+) -> GPTModel:
+    """Build this rank's part of the model: embedding, layers and output layer.
+
+    Args:
+        model: its shape.
+        config: what `transformer_config(model, ...)` returned.
+        groups: the process groups; tp, cp, pp and embd, and ep, expt_tp, expt_dp, tp_cp, tp_ep and
+            tp_dp_cp for a mixture of experts.
+        softmax_method: how keys and values of softmax layers cross ranks.
+        pre_process, post_process: whether this pipeline stage holds the embedding, the output.
+
+    Returns:
+        GPTModel; called with labels it gives the loss of each token, fp32 [b, local tokens].
+
+    Raises:
+        ValueError: a shape that is not possible, see seqpar.models.config.resolved; interleaved
+            pipelining.
+    """
+    if config.virtual_pipeline_model_parallel_size is not None:
+        raise ValueError(
+            "virtual_pipeline_model_parallel_size="
+            f"{config.virtual_pipeline_model_parallel_size} is not possible; leave it out"
+        )
+    layer = hybrid_layer_spec(model, softmax_method)
+    layers = get_num_layers_to_build(config, None, groups.pp.rank())
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=TransformerBlockSubmodules([layer] * layers, RMSNorm),
+        vocab_size=model.vocab_size,
+        max_sequence_length=0,  # bounds learned positions, of which there are none
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=model.tie_embeddings,
+        position_embedding_type="none",  # the softmax mixer turns by true positions itself
+        pg_collection=groups,
+    )
+
+
+@dataclass
+class Batch:
+    """This rank's shard of one micro-batch.
+
+    Attributes:
+        tokens, labels: int64 [b, local tokens]; labels were shifted on the global stream, before
+            it was cut, and are legal tokens everywhere.
+        loss_mask: float [b, local tokens], 1 where the label counts and 0 where not.
+        sp: how the sequence is cut, documents included.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    sp: SequenceParallel
+
+
+Loss = tuple[Tensor, Tensor, dict[str, Tensor]]
+
+
+def forward_step(
+    batches: Iterator[Batch], model: torch.nn.Module
+) -> tuple[Tensor, Callable[[Tensor], Loss]]:
+    """One forward pass, as Megatron's schedules (get_forward_backward_func) call it.
+
+    Returns:
+        the model's output and the function that turns it into `masked_loss`.
+    """
+    batch = next(batches)
+    output = model(
+        batch.tokens,
+        position_ids=None,
+        attention_mask=None,
+        labels=batch.labels,
+        packed_seq_params=SequenceParallelParams(batch.sp),
+    )
+    return output, partial(masked_loss, batch.loss_mask)
+
+
+def masked_loss(loss_mask: Tensor, losses: Tensor) -> Loss:
+    """(sum, token count, report) of this rank's losses [b, local tokens] where the mask is 1.
+
+    Megatron sums all three numbers' gradients and counts over data- and context-parallel ranks
+    and divides once. The report {"loss_sum", "tokens"} is this rank's own share, for the caller to
+    sum over the same ranks.
+    """
+    total = (losses.float() * loss_mask).sum()
+    tokens = loss_mask.sum().to(torch.int)
+    return total, tokens, {"loss_sum": total.detach().clone(), "tokens": tokens.clone()}

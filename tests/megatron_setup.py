@@ -1,0 +1,231 @@
+"""Small Megatron models on forked gloo ranks: groups, weights, data and one training step."""
+
+import functools
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from harness import assert_close, run_ranks
+from torch import Tensor
+
+warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|apex|deprecated).*")
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.distributed import (  # noqa: E402
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+
+import seqpar  # noqa: E402
+from seqpar.models.compat import install  # noqa: E402
+from seqpar.models.config import ModelConfig, layer_mixers  # noqa: E402
+from seqpar.models.language_model import Batch, build_language_model, forward_step  # noqa: E402
+from seqpar.models.transformer import transformer_config  # noqa: E402
+
+install()
+logging.getLogger("megatron").setLevel(logging.ERROR)
+
+TOKENS = 48
+DOCUMENTS = (0, 5, 21, 22, 40, TOKENS)
+
+
+def tiny(pattern: str = "GDN", **fields: Any) -> ModelConfig:
+    """A model of a few thousand parameters, with a mixture of experts and grouped queries."""
+    sizes = {"hidden_size": 16, "num_heads": 4, "kv_heads": 2, "head_dim": 4, "vocab_size": 32}
+    # A heavy balancing loss: a wrong share of it must be seen.
+    others = {"num_experts": 4, "ffn_hidden_size": 16, "gate_rank": 4, "moe_aux_loss": 0.5}
+    return ModelConfig(pattern=pattern, **{**sizes, **others, **fields})
+
+
+@dataclass
+class Setting:
+    """How a step is spread over ranks, and what it reads."""
+
+    tensor: int = 1
+    context: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    layout: str = "contiguous"
+    documents: tuple[int, ...] | None = DOCUMENTS
+    microbatches: int = 1  # of each data-parallel rank
+    config: dict[str, Any] = field(default_factory=dict)  # more fields for transformer_config
+
+
+@dataclass
+class Step:
+    """This rank's own loss sum and token count, and its gradients by the whole model's names."""
+
+    loss: float
+    tokens: int
+    gradients: dict[str, Tensor]
+
+
+class Rank:
+    """One rank's groups and part of the model, seeded as a trainer would."""
+
+    def __init__(self, model: ModelConfig, setting: Setting) -> None:
+        parallel_state.initialize_model_parallel(
+            setting.tensor,
+            setting.pipeline,
+            context_parallel_size=setting.context,
+            expert_model_parallel_size=setting.expert,
+            expert_tensor_parallel_size=1,
+        )
+        torch.manual_seed(11)
+        tensor_parallel.model_parallel_cuda_manual_seed(11)
+        self.setting = setting
+        self.groups = groups = ProcessGroupCollection.use_mpu_process_groups()
+        self.config = transformer_config(
+            model,
+            tensor_parallel=setting.tensor,
+            context_parallel=setting.context,
+            pipeline_parallel=setting.pipeline,
+            expert_parallel=setting.expert,
+            **setting.config,
+        )
+        self.network = build_language_model(
+            model,
+            self.config,
+            groups,
+            pre_process=groups.pp.rank() == 0,
+            post_process=groups.pp.rank() == groups.pp.size() - 1,
+        )
+        self.layers = len(layer_mixers(model))
+        self.experts, self.tied = model.num_experts, model.tie_embeddings
+
+    @functools.cached_property
+    def ddp(self) -> DistributedDataParallel:
+        options = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+        return DistributedDataParallel(
+            self.config, options, self.network, pg_collection=self.groups
+        )
+
+    def name(self, name: str) -> str:
+        """The whole model's name of this rank's parameter `name`."""
+        parts = name.split(".")
+        firsts = {
+            "layers": self.groups.pp.rank() * self.layers // self.setting.pipeline,
+            "local_experts": self.groups.ep.rank() * self.experts // self.setting.expert,
+        }
+        for key, first in firsts.items():
+            if key in parts:
+                at = parts.index(key) + 1
+                parts[at] = str(int(parts[at]) + first)
+        whole = ".".join(parts)
+        tied = self.tied and whole == "output_layer.weight"
+        return "embedding.word_embeddings.weight" if tied else whole
+
+    def part(self, whole: Tensor, parameter: Any) -> Tensor:
+        """The part of a whole weight, or gradient, that belongs to this rank's `parameter`."""
+        if whole.shape == parameter.shape:
+            return whole
+        rank, size, dim = self.groups.tp.rank(), self.groups.tp.size(), parameter.partition_dim
+        # SwiGLU's first layer holds two matrices, each cut over the ranks.
+        matrices = whole.chunk(parameter.partition_stride, dim)
+        return torch.cat([matrix.chunk(size, dim)[rank] for matrix in matrices], dim)
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Take this rank's part of the whole model's weights."""
+        with torch.no_grad():
+            for name, parameter in self.network.named_parameters():
+                parameter.copy_(self.part(weights[self.name(name)], parameter))
+
+    def batches(self) -> Iterator[Batch]:
+        """Its shards of its micro-batches. A third of the labels, unevenly, does not count."""
+        setting, count = self.setting, self.setting.microbatches
+        layout = seqpar.Layout(TOKENS, setting.context, setting.layout, setting.documents)
+        sp = seqpar.SequenceParallel(self.groups.cp, layout)
+        for index in range(count):
+            generator = torch.Generator().manual_seed(self.groups.dp.rank() * count + index)
+            stream = torch.randint(0, 32, (1, TOKENS + 1), generator=generator)
+            draws = torch.rand(1, TOKENS, generator=generator)
+            mask = (draws > torch.linspace(0.1, 0.6, TOKENS)).float()
+            tokens, labels = (
+                layout.shard(stream[:, :-1], sp.rank),
+                layout.shard(stream[:, 1:], sp.rank),
+            )
+            yield Batch(tokens, labels, layout.shard(mask, sp.rank), sp)
+
+
+def train_step(state: Rank) -> Step:
+    """One step's gradients by Megatron's schedule, its DDP and its finalisation."""
+    ddp = state.ddp
+    state.config.finalize_model_grads_func = finalize_model_grads
+    ddp.zero_grad_buffer()
+    reports = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=state.batches(),
+        model=[ddp],
+        num_microbatches=state.setting.microbatches,
+        seq_length=TOKENS,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    gradients = {
+        state.name(name): parameter.main_grad.clone()
+        for name, parameter in state.network.named_parameters()
+    }
+    loss = sum(report["loss_sum"].item() for report in reports)
+    return Step(loss, sum(int(report["tokens"]) for report in reports), gradients)
+
+
+def own_share(rank: int, model: ModelConfig, setting: Setting, weights: dict[str, Tensor]) -> Step:
+    """The rank's own share of the loss and of its gradients, by autograd alone."""
+    state = Rank(model, setting)
+    state.load(weights)
+    loss, tokens = 0.0, 0
+    batches = state.batches()
+    for _ in range(setting.microbatches):
+        output, loss_function = forward_step(batches, state.network)
+        total, count, _ = loss_function(output)
+        total.backward()
+        loss, tokens = loss + total.item(), tokens + int(count)
+    named = state.network.named_parameters()
+    return Step(loss, tokens, {name: parameter.grad for name, parameter in named})
+
+
+@functools.cache
+def _weights(description: str) -> dict[str, Tensor]:
+    model = eval(description)
+    return run_ranks(_draw, 1, model)[0]
+
+
+def _draw(rank: int, model: ModelConfig) -> dict[str, Tensor]:
+    state = Rank(model, Setting())
+    return {
+        name: parameter.detach() + 0.3 * torch.randn(parameter.shape)
+        for name, parameter in state.network.named_parameters()
+    }
+
+
+def whole_weights(model: ModelConfig) -> dict[str, Tensor]:
+    """Weights of the whole model by name; none is at a value that would hide an error."""
+    return _weights(repr(model))
+
+
+@functools.cache
+def _whole_step(description: str, documents: tuple[int, ...] | None, microbatches: int) -> Step:
+    model = eval(description)
+    setting = Setting(documents=documents, microbatches=microbatches)
+    return run_ranks(own_share, 1, model, setting, whole_weights(model))[0]
+
+
+def whole_step(
+    model: ModelConfig, documents: tuple[int, ...] | None = DOCUMENTS, microbatches: int = 1
+) -> Step:
+    """What one process without any Megatron reduction finds; gradients of the loss sum."""
+    return _whole_step(repr(model), documents, microbatches)
+
+
+def assert_same_gradients(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], bound: float
+) -> None:
+    """Every parameter is there and no gradient is zero everywhere; see harness.assert_close."""
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert_close(name, actual[name], gradient, bound)

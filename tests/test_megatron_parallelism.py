@@ -1,0 +1,86 @@
+"""Sequence parallelism beside Megatron's tensor, expert and pipeline parallelism.
+
+Each rank's reduced gradients are its part of what one process finds by autograd alone.
+"""
+
+import pytest
+from harness import run_ranks
+from megatron_setup import (
+    Rank,
+    Setting,
+    Step,
+    assert_same_gradients,
+    tiny,
+    train_step,
+    whole_step,
+    whole_weights,
+)
+from torch import Tensor
+
+from seqpar.models.config import ModelConfig
+
+MEGATRON_SEQUENCE_PARALLEL = {"sequence_parallel": True}
+
+
+def step_and_expectation(
+    rank: int, model: ModelConfig, setting: Setting, weights: dict[str, Tensor], whole: Step
+) -> tuple[Step, dict[str, Tensor]]:
+    state = Rank(model, setting)
+    state.load(weights)
+    step = train_step(state)
+    mean = {
+        state.name(name): state.part(whole.gradients[state.name(name)], parameter) / whole.tokens
+        for name, parameter in state.network.named_parameters()
+    }
+    return step, mean
+
+
+def check(model: ModelConfig, setting: Setting, ranks: int, data: int = 1) -> None:
+    whole = whole_step(model, setting.documents, data * setting.microbatches)
+    results = run_ranks(step_and_expectation, ranks, model, setting, whole_weights(model), whole)
+    # Tensor-parallel ranks all see the loss, only the last pipeline stage does.
+    seen = sum(step.loss for step, _ in results) / setting.tensor
+    assert seen == pytest.approx(whole.loss, rel=1e-5)
+    names = set()
+    for step, expected in results:
+        assert_same_gradients(step.gradients, expected, 5e-5)
+        names |= expected.keys()
+    assert names == whole.gradients.keys()
+
+
+def test_tensor_parallel() -> None:
+    check(tiny("GDN", num_experts=0), Setting(tensor=2), ranks=2)
+
+
+def test_tensor_parallel_with_megatrons_sequence_parallelism() -> None:
+    setting = Setting(tensor=2, expert=2, config=MEGATRON_SEQUENCE_PARALLEL)
+    check(tiny("GDN"), setting, ranks=2)
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+def test_expert_parallel_over_the_ranks_of_a_sequence(dispatcher: str) -> None:
+    setting = Setting(context=2, expert=2, config={"moe_token_dispatcher_type": dispatcher})
+    check(tiny("GN"), setting, ranks=2)
+
+
+def test_expert_parallel_over_data_parallel_ranks() -> None:
+    check(tiny("GN"), Setting(expert=2), ranks=2, data=2)
+
+
+def test_tensor_context_and_expert_parallel_together() -> None:
+    setting = Setting(
+        tensor=2, context=2, expert=2, layout="zigzag", config=MEGATRON_SEQUENCE_PARALLEL
+    )
+    check(tiny("GDN"), setting, ranks=4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_pipeline_stages_pick_their_mixers_by_global_layer(tied: bool) -> None:
+    setting = Setting(pipeline=2, context=2, microbatches=2)
+    check(tiny("GDDN", tie_embeddings=tied), setting, ranks=4)
+
+
+def test_full_recomputation() -> None:
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform"}
+    setting = Setting(context=2, config={**recompute, "recompute_num_layers": 1})
+    check(tiny("GDN"), setting, ranks=2)

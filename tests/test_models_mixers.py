@@ -1,0 +1,241 @@
+"""Each mixer is what its paper says, by token loops; it refuses what it would have to ignore."""
+
+import copy
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import assert_close, run_ranks
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron_setup import Rank, Setting, tiny
+from torch import Tensor
+
+import seqpar
+from seqpar.comm import Communicator
+from seqpar.kernels import reference
+from seqpar.models.sequence import SequenceParallelParams
+from seqpar.models.specs import linear_attention_spec, softmax_attention_spec
+
+HEADS, KEY, VALUE, TOKENS = 4, 4, 8, 13
+SIZES: dict[str, Any] = {"num_heads": HEADS, "head_dim": KEY, "value_head_dim": VALUE}
+
+
+def mixer(spec: ModuleSpec, **config: Any) -> Any:
+    """The module of a spec as a Megatron layer builds it, with parameters away from their start."""
+    state = Rank(tiny("G", hidden_size=32), Setting())
+    settings = copy.copy(state.config)
+    for name, value in config.items():
+        setattr(settings, name, value)
+    module = build_module(spec, config=settings, layer_number=1, pg_collection=state.groups)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape)
+    return module
+
+
+def check(spec: ModuleSpec, direct: Callable[[Any, Tensor], Tensor]) -> None:
+    """The module's output and gradients against `direct(module, x [b, s, h])`."""
+    torch.manual_seed(3)
+    module = mixer(spec)
+    x = torch.randn(2, TOKENS, 32, requires_grad=True)
+    weight = torch.randn(2, TOKENS, 32)
+    out, bias = module(x.transpose(0, 1))
+    expected = direct(module, x)
+    assert bias is None
+    assert_close("output", out.transpose(0, 1), expected, 1e-5)
+    inputs = {"x": x, **dict(module.named_parameters())}
+    losses = (out.transpose(0, 1) * weight).sum(), (expected * weight).sum()
+    actual, wanted = (torch.autograd.grad(loss, list(inputs.values())) for loss in losses)
+    for name, a, b in zip(inputs, actual, wanted, strict=True):
+        assert_close(f"gradient of {name}", a, b, 1e-4)
+
+
+def projected(module: Any, x: Tensor, *widths: int) -> tuple[Tensor, ...]:
+    heads = F.linear(x, module.in_proj.weight).unflatten(-1, (HEADS, -1))
+    return heads.split(widths, -1)
+
+
+def finish(module: Any, o: Tensor, gate: Tensor) -> Tensor:
+    square = o.square().mean(-1, keepdim=True)
+    o = o * (square + module.config.layernorm_epsilon).rsqrt() * module.norm.weight
+    return F.linear((o * F.silu(gate)).flatten(2), module.out_proj.weight)
+
+
+def direct_gla(module: Any, x: Tensor) -> Tensor:
+    q, k, v, gate = projected(module, x, KEY, KEY, VALUE, VALUE)
+    low = F.linear(x, module.decay_down.weight)
+    logits = F.linear(low, module.decay_up.weight, module.decay_up.bias)
+    log_decay = torch.log(torch.sigmoid(logits.unflatten(-1, (HEADS, KEY)))) / 16
+    return finish(module, reference.linear_attention(q, k, v, log_decay)[0], gate)
+
+
+def direct_gated_deltanet(module: Any, x: Tensor) -> Tensor:
+    q, k, v, gate, b, a = projected(module, x, KEY, KEY, VALUE, VALUE, 1, 1)
+    weight = module.conv_weight.split([KEY, KEY, VALUE], 1)
+
+    def convolved(channels: Tensor, taps: Tensor) -> Tensor:
+        channels, taps = channels.flatten(2).mT, taps.flatten(0, 1)[:, None]
+        y = F.conv1d(F.pad(channels, (3, 0)), taps, groups=channels.shape[1])
+        return F.silu(y).mT.unflatten(-1, (HEADS, -1))
+
+    q, k, v = (convolved(*pair) for pair in zip((q, k, v), weight, strict=True))
+    q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
+    log_decay = -module.A_log.exp() * F.softplus(a.squeeze(-1) + module.dt_bias)
+    o, _ = reference.delta_attention(q, k, v, torch.sigmoid(b.squeeze(-1)), log_decay)
+    return finish(module, o, gate)
+
+
+def direct_softmax(module: Any, x: Tensor) -> Tensor:
+    group, dim = 2, 8
+    q, k, v = projected_groups(module, x, group * dim, dim, dim)
+    q = q.unflatten(-1, (group, dim)).flatten(2, 3)
+    k, v = (y.repeat_interleave(group, 2) for y in (k, v))
+    angle = torch.arange(TOKENS)[:, None] * 100.0 ** (-torch.arange(0, 4, 2) / 4)
+    turn = torch.polar(torch.ones(TOKENS, 2), angle)[:, None]  # half of each head turns
+
+    def turned(y: Tensor) -> Tensor:
+        pairs = torch.complex(y[..., :2], y[..., 2:4]) * turn
+        return torch.cat([pairs.real, pairs.imag, y[..., 4:]], -1)
+
+    scores = torch.einsum("bqhd,bkhd->bhqk", turned(q), turned(k)) * dim**-0.5
+    scores = scores.masked_fill(torch.ones(TOKENS, TOKENS).triu(1).bool(), -torch.inf)
+    o = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+    return F.linear(o.flatten(2), module.out_proj.weight)
+
+
+def projected_groups(module: Any, x: Tensor, *widths: int) -> tuple[Tensor, ...]:
+    return F.linear(x, module.in_proj.weight).unflatten(-1, (2, -1)).split(widths, -1)
+
+
+@pytest.mark.parametrize(
+    ("spec", "direct"),
+    [
+        (linear_attention_spec("gla", **SIZES, gate_rank=4), direct_gla),
+        (linear_attention_spec("gated_deltanet", **SIZES), direct_gated_deltanet),
+        (softmax_attention_spec(rope_base=100.0, rope_fraction=0.5), direct_softmax),
+    ],
+    ids=["gla", "gated_deltanet", "softmax"],
+)
+def test_mixer_is_its_definition(spec: ModuleSpec, direct: Callable[[Any, Tensor], Tensor]) -> None:
+    run_ranks(lambda rank: check(spec, direct), 1)
+
+
+class SomeRank(Communicator):
+    """A communicator that is only asked who it is."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__()
+        self.rank, self.size = rank, size
+
+
+def test_rotary_positions_are_exact_far_into_a_long_sequence() -> None:
+    far = 8_000_000
+    sp = seqpar.SequenceParallel(layout=seqpar.Layout(far, 1000), comm=SomeRank(999, 1000))
+    cos, sin = SequenceParallelParams(sp).rotary(8, 10000.0, torch.device("cpu"))
+    angle = (far - 1) / 10  # of the last token's second pair; fp32 would be off by 0.03
+    assert cos[-1, 1].item() == pytest.approx(math.cos(angle), abs=1e-6)
+    assert sin[-1, 1].item() == pytest.approx(math.sin(angle), abs=1e-6)
+
+
+def sharded_softmax(rank: int, kind: str, documents: Any, total: int) -> tuple[Tensor, Tensor]:
+    state = Rank(tiny("N"), Setting(context=2))
+    torch.manual_seed(5)
+    module = build_module(
+        softmax_attention_spec(), config=state.config, layer_number=1, pg_collection=state.groups
+    )
+    x = torch.randn(total, 1, 16)
+    layout = seqpar.Layout(total, 2, kind, documents)
+    params = SequenceParallelParams(seqpar.SequenceParallel(state.groups.cp, layout))
+    out, _ = module(layout.shard(x, rank, dim=0), packed_seq_params=params)
+    # Rotary embedding is relative: only true positions give the same for a document by itself.
+    alone = [
+        module.out_proj(attend_alone(module, x[a:b]))[0] for a, b in itertools.pairwise(documents)
+    ]
+    return out.detach(), layout.shard(torch.cat(alone), rank, dim=0).detach()
+
+
+def attend_alone(module: Any, x: Tensor) -> Tensor:
+    whole = SequenceParallelParams(seqpar.SequenceParallel(None, seqpar.Layout(len(x), 1)))
+    y = module.in_proj(x)[0].transpose(0, 1).unflatten(-1, (module.heads, -1))
+    return module.mix(y, x, whole).flatten(2).transpose(0, 1)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+def test_documents_cut_over_ranks_attend_as_if_alone(kind: str | None) -> None:
+    for out, expected in run_ranks(sharded_softmax, 2, kind, (0, 7, 18, 24), 24):
+        assert_close("output", out, expected, 1e-5)
+
+
+def without_params(rank: int, kind: str | None) -> tuple[Tensor, Tensor]:
+    """A spec in a foreign model: no SequenceParallelParams, only Megatron's groups."""
+    state = Rank(tiny("G"), Setting(context=2))
+    torch.manual_seed(5)
+    spec = linear_attention_spec("gated_deltanet", **SIZES, layout=kind)
+    module = build_module(
+        spec, config=state.config, layer_number=1, pg_collection=state.groups, cp_comm_type="p2p"
+    )
+    x = torch.randn(16, 1, 16)
+    layout = seqpar.Layout(16, 2, kind or "zigzag")
+    whole = SequenceParallelParams(seqpar.SequenceParallel(None, seqpar.Layout(16, 1)))
+    out, _ = module(layout.shard(x, rank, dim=0), None, rotary_pos_emb=torch.ones(1))
+    expected, _ = module(x, packed_seq_params=whole)
+    return out.detach(), layout.shard(expected, rank, dim=0).detach()
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+def test_spec_alone_in_a_foreign_model(kind: str | None) -> None:
+    for out, expected in run_ranks(without_params, 2, kind):
+        assert_close("output", out, expected, 1e-5)
+
+
+def test_unsaid_layout_is_refused() -> None:
+    with pytest.raises(AssertionError, match=r"2 context-parallel ranks.*layout=\"zigzag\""):
+        run_ranks(without_params, 2, None)
+
+
+def refused(rank: int, spec: ModuleSpec, config: dict[str, Any], inputs: dict[str, Any]) -> str:
+    try:
+        module = mixer(spec, **config)
+        module(torch.randn(6, 1, 32), **inputs)
+    except ValueError as error:
+        return str(error)
+    return "not refused"
+
+
+GLA = linear_attention_spec("gla", **SIZES)
+
+
+@pytest.mark.parametrize(
+    ("spec", "config", "inputs", "message"),
+    [
+        (GLA, {"attention_dropout": 0.1}, {}, "attention_dropout=0.1 .* set it to 0"),
+        (GLA, {}, {"attention_mask": torch.ones(1)}, "attention_mask is given, GatedLinear"),
+        (GLA, {}, {"inference_context": object()}, "inference_context is given"),
+        (GLA, {}, {"a_later_versions_input": 1}, "a_later_versions_input is given"),
+        (GLA, {}, {"packed_seq_params": PackedSeqParams()}, "a PackedSeqParams, .* cu_seqlens"),
+        (softmax_attention_spec(), {"qk_layernorm": True}, {}, "qk_layernorm=True .* to False"),
+        (softmax_attention_spec(), {}, {"rotary_pos_emb": torch.ones(1)}, "rotary_pos_emb is"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(
+    spec: ModuleSpec, config: dict[str, Any], inputs: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(run_ranks(refused, 1, spec, config, inputs)[0])
+
+
+def test_unknown_mixer_is_refused() -> None:
+    with pytest.raises(ValueError, match="name='mamba' must be one of gla, gated_deltanet"):
+        linear_attention_spec("mamba", **SIZES)
+
+
+def test_unequal_shards_are_refused() -> None:
+    layout = seqpar.Layout(6, 2, shard_sizes=[2, 4])
+    sp = seqpar.SequenceParallel(layout=layout, comm=SomeRank(0, 2))
+    with pytest.raises(ValueError, match=r"ranks \[2, 4\] tokens.* leave out shard_sizes"):
+        SequenceParallelParams(sp)
