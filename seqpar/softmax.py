@@ -1,5 +1,6 @@
 """Softmax attention over a sequence cut over ranks, any layout, packed documents included."""
 
+import torch
 from torch import Tensor
 
 from seqpar.blocks import attend
@@ -95,6 +96,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, method: str, sp: SequenceParallel | 
             raise ValueError(f"{name} is {x.dtype}: q, k and v must share one floating dtype")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}: they must share a device")
+    if q.is_cuda and q.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"q is {q.dtype}: on a GPU it must be torch.bfloat16 or torch.float16")
     if v.shape != k.shape:
         raise ValueError(f"v is {list(v.shape)}, it must have k's shape {list(k.shape)}")
     if (*k.shape[:2], k.shape[3]) != (*q.shape[:2], q.shape[3]):
