@@ -109,7 +109,7 @@ class _Attend(torch.autograd.Function):
                     part.keys[:, :, there],
                     part.values[:, :, there],
                     outs[at],
-                    lse[at],
+                    lse[at].contiguous(),  # the GPU's operator takes its strides for granted
                     square,
                     scale,
                 )
