@@ -14,6 +14,8 @@ from seqpar.chain import Chain
 from seqpar.comm import Communicator
 
 MAX_BLOCKS = 16
+SIMPLER = 1.25  # how much longer a simpler exchange may take: estimates are no better
+LARGE = 1 << 24  # bytes, against which a latency is small
 GATHERED_HEAD_BYTES = 1 << 33
 
 
@@ -90,8 +92,10 @@ def choose(
         "twolevel": {"nodes": links.nodes},
     }
     name = wanted
-    if wanted == "auto":  # what is hidden anyway costs nothing: then the first, the simplest
-        name = min(seconds, key=lambda exchange: max(seconds[exchange] - hidden, 0.0))
+    if wanted == "auto":  # the simplest of those that are about as good as the best
+        exposed = {exchange: max(each - hidden, 0.0) for exchange, each in seconds.items()}
+        enough = SIMPLER * min(exposed.values())
+        name = next(exchange for exchange, each in exposed.items() if each <= enough)
     return Choice(name, options.get(name, {}), seconds)
 
 
@@ -141,10 +145,10 @@ def measure(comm: Communicator, device: torch.device, node_size: int | None = No
     inside, across = _partners(comm.rank, nodes)
     figures: list[tuple[float, float]] = []
     for to, source in (inside, across):
-        small, large = (_shift(comm, to, source, size, device) for size in (64, 1 << 20))
+        small, large = (_shift(comm, to, source, size, device) for size in (64, LARGE))
         slowest = comm.all_reduce(torch.tensor([small, large], device=device), "max", "measure")
         small, large = slowest.tolist()
-        figures.append((small, (1 << 20) / max(large - small, 1e-9)))
+        figures.append((small, LARGE / max(large - small, 1e-9)))
     if len(set(nodes)) == 1:
         figures[1] = figures[0]
     elif max(nodes.count(node) for node in nodes) == 1:

@@ -144,7 +144,7 @@ def test_auto_takes_what_keeps_a_rank_waiting_least() -> None:
     many = choose("auto", long_chain, near, dense, state)
     assert many.seconds["allscan"] < many.seconds["ring"] < many.seconds["allgather"]
     assert many.seconds["doubling"] < many.seconds["allgather"]
-    assert many.name == min(many.seconds, key=lambda name: many.seconds[name])
+    assert many.seconds[many.name] <= 1.25 * min(many.seconds.values())
     two = choose("auto", short_chain, Links((0, 0)), 0, state)
     assert two.seconds["allgather"] == two.seconds["ring"]
     hidden = choose("auto", long_chain, near, dense, state, hidden=1.0)
