@@ -40,7 +40,7 @@ def _solve(k: Tensor, v: Tensor, gates: Sequence[Tensor]) -> tuple[Tensor, Tenso
     else:
         end = total[..., -1:, :]
         from_start, to_end, decay = k * total.exp(), k * (end - total).exp(), end.exp()
-    system = (beta * decayed_scores(k, k, total)).tril(-1)  # its unit diagonal is implied
+    system = beta * decayed_scores(k, k, total)  # the solver takes its diagonal to be one
     right = beta * torch.cat([v, from_start], -1)
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
     U, W = solved.split([v.shape[-1], k.shape[-1]], -1)
