@@ -53,7 +53,9 @@ FAMILIES: dict[str, tuple[Callable, Callable, Gates]] = {
 
 
 @cache
-def case(family: str, documents: str) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+def case(
+    family: str, documents: str, tokens: int = TOKENS
+) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
     """Global inputs (fp64), output gradient, and the token loop's output and input gradients."""
     _, spec, gates = FAMILIES[family]
     make = torch.Generator().manual_seed(
@@ -65,12 +67,12 @@ def case(family: str, documents: str) -> tuple[dict[str, Tensor], Tensor, dict[s
 
     batch, value_heads = (2, HEADS) if DOCUMENTS[documents] is None else (1, 2 * HEADS)
     inputs = {
-        "q": randn(batch, TOKENS, HEADS, K),
-        "k": torch.nn.functional.normalize(randn(batch, TOKENS, HEADS, K), dim=-1),
-        "v": randn(batch, TOKENS, value_heads, V),
+        "q": randn(batch, tokens, HEADS, K),
+        "k": torch.nn.functional.normalize(randn(batch, tokens, HEADS, K), dim=-1),
+        "v": randn(batch, tokens, value_heads, V),
     }
     for name, width in gates.items():
-        shape = [value_heads] if width == "constant" else [batch, TOKENS, value_heads]
+        shape = [value_heads] if width == "constant" else [batch, tokens, value_heads]
         x = randn(*shape, width) if isinstance(width, int) else randn(*shape)
         if name == "log_decay":  # from exp(-1e-4) to exp(-20) a token
             x = -(10 ** (torch.rand(x.shape, dtype=torch.float64, generator=make) * 5.3 - 4))
@@ -79,7 +81,7 @@ def case(family: str, documents: str) -> tuple[dict[str, Tensor], Tensor, dict[s
         else:  # a and b: a rank-one update that keeps the state bounded
             x = torch.nn.functional.normalize(x, dim=-1) * 0.7
         inputs[name] = x
-    do = randn(batch, TOKENS, value_heads, V)
+    do = randn(batch, tokens, value_heads, V)
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
     o, _ = spec(**leaves, cu_seqlens=DOCUMENTS[documents])
     gradients = torch.autograd.grad((o * do).sum(), list(leaves.values()))
@@ -96,7 +98,7 @@ def compute(
     segment_tokens: int | None = None,
 ) -> dict[str, Tensor]:
     """This rank's output and gradients."""
-    inputs, do, _ = case(family, documents)
+    inputs, do, _ = case(family, documents, layout.total_tokens)
     sp = seqpar.SequenceParallel(layout=layout, exchange=exchange, segment_tokens=segment_tokens)
     leaves = {
         name: (x if x.dim() == 1 else layout.shard(x, rank)).to(dtype).requires_grad_()
@@ -116,10 +118,11 @@ def check(
     dtype: torch.dtype = torch.float64,
     bound: float = 1e-10,
     segment_tokens: int | None = None,
+    tokens: int = TOKENS,
 ) -> None:
-    layout = make_layout(world_size, kind, documents)
+    layout = make_layout(world_size, kind, documents, tokens)
     for family in FAMILIES:  # before the fork, so that workers inherit them
-        case(family, documents)
+        case(family, documents, tokens)
 
     def work(rank: int) -> dict[str, dict[str, Tensor]]:
         return {
@@ -129,7 +132,7 @@ def check(
 
     ranks = run_ranks(work, layout.world_size)
     for family in FAMILIES:
-        expected = case(family, documents)[2]
+        expected = case(family, documents, tokens)[2]
         for name, value in expected.items():
             shards = [result[family][name] for result in ranks]
             if value.dim() == 1:  # a parameter: each rank has its own tokens' share
@@ -141,10 +144,10 @@ def check(
                 assert_close(label, shard, wanted, bound, whole=value)
 
 
-def make_layout(world_size: int, kind: str, documents: str) -> seqpar.Layout:
+def make_layout(world_size: int, kind: str, documents: str, tokens: int = TOKENS) -> seqpar.Layout:
     cu_seqlens = DOCUMENTS[documents]
     if kind != "uneven":
-        return seqpar.Layout(TOKENS, world_size, kind, cu_seqlens)
+        return seqpar.Layout(tokens, world_size, kind, cu_seqlens)
     sizes = [1 + 7 * rank for rank in range(world_size - 1)]
     return seqpar.Layout(
         TOKENS, world_size, cu_seqlens=cu_seqlens, shard_sizes=[*sizes, TOKENS - sum(sizes)]
@@ -175,6 +178,12 @@ def test_the_full_product_equals_the_token_loop(
     exchange: str, world_size: int, kind: str, documents: str
 ) -> None:
     check(exchange, world_size, kind, documents)
+
+
+@pytest.mark.complete
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_thousands_of_tokens_equal_the_token_loop(exchange: str) -> None:
+    check(exchange, 4, "zigzag", "whole", tokens=3000)
 
 
 def test_fp32_is_within_1e_5() -> None:
