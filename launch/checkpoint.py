@@ -1,0 +1,295 @@
+"""Checkpoints: Megatron's distributed format, complete or not there, verified when read.
+
+A checkpoint is written to a temporary folder, which gets its name `step_00000100` only when all its
+files and their manifest (sizes and digests) are on disk. Reading compares the manifest first.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import queue
+import random
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelSaveStrategyWrapper,
+)
+
+from seqpar.launch.data import Corpus
+from seqpar.launch.failure import together
+from seqpar.launch.setup import Run
+from seqpar.models.config import resolved
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step_(\d{8})")
+_TEMPORARY = ".writing_"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: optimizer steps done, and the index of the next packed sequence."""
+
+    step: int = 0
+    sequence: int = 0
+
+
+def identity(run: Run, corpus: Corpus) -> dict[str, Any]:
+    """What a checkpoint and the run that resumes it must have in common, by name of setting."""
+    sizes, train = run.sizes, run.config.train
+    found = {f"model.{k}": v for k, v in dataclasses.asdict(resolved(run.config.model)).items()}
+    return found | {
+        "train.seed": train.seed,
+        "train.precision": train.precision,
+        "data.sequence_length": run.config.data.sequence_length,
+        "data.path (number of documents)": len(corpus.lengths),
+        "data.path (number of tokens)": corpus.tokens,
+        "parallel.tensor": sizes.tensor,
+        "parallel.pipeline": sizes.pipeline,
+        "parallel.expert": sizes.expert,
+    }
+
+
+def save(run: Run, folder: Path, progress: Progress, common: dict[str, Any]) -> Path:
+    """Write checkpoint `folder`/step_N and return its path. All ranks call it.
+
+    A folder of that name, from a later part of a run that was resumed before it, is set aside.
+
+    Raises:
+        UserError: on every rank, when one cannot write.
+    """
+    target = folder / f"step_{progress.step:08d}"
+    temporary = folder / f"{_TEMPORARY}{target.name}"
+    first = run.control.rank == 0
+
+    def begin() -> None:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
+            temporary.mkdir(parents=True)
+
+    together(run.control, begin)
+    # Megatron would start a process for this queue, which outlives a run that is killed; it is
+    # needed only where saving itself goes on in another process.
+    vars(filesystem_async)["_results_queue"] = queue.Queue()
+    dist_checkpointing.save(
+        _state(run, is_loading=False),
+        str(temporary),
+        # ranks that hold the same write a part each
+        FullyParallelSaveStrategyWrapper(
+            get_default_save_sharded_strategy(), parallelization_group=run.groups.dp_cp
+        ),
+    )
+    run.control.barrier()  # every rank's files are there
+    shares = run.control.all_gather_object(
+        together(run.control, lambda: _digests(temporary, _share(run, _files(temporary))))
+    )
+
+    def finish() -> None:
+        if first:
+            files = {name: entry for share in shares for name, entry in share.items()}
+            content = dataclasses.asdict(progress) | {"common": common, "files": files}
+            (temporary / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
+            for path in (temporary / MANIFEST, temporary):
+                _flush(path)
+            if target.exists():
+                target.rename(_free_name(target))
+            temporary.rename(target)
+            _flush(folder)
+            _prune(folder, run.config.checkpoint.keep)
+
+    together(run.control, finish)
+    return target
+
+
+def load(run: Run, folder: Path, resume: str, common: dict[str, Any]) -> Progress:
+    """Continue from a checkpoint in `folder`: the newest ("latest"), or that of a step ("100").
+
+    All ranks call it. The number of context- and data-parallel ranks may differ from the writer's.
+
+    Raises:
+        UserError: on every rank: there is none, it is damaged, or of another model, data or seed.
+            Nothing of the run has been changed then.
+    """
+    path = Path(run.control.broadcast_object(together(run.control, lambda: _find(folder, resume))))
+    damage = _damage(run, path)
+    others = [other for other in reversed(_all(folder)) if other != path] if damage else []
+    intact = next((other for other in others if not _damage(run, other)), None)
+
+    def check() -> dict[str, Any]:
+        if damage:
+            remedy = (
+                f"the newest intact checkpoint is step {_step(intact)}: set "
+                f"checkpoint.resume={_step(intact)}"
+                if intact
+                else f"no checkpoint in {folder} is intact: start anew in another log.folder"
+            )
+            raise ValueError(f"checkpoint {path} is damaged: {damage}; {remedy}")
+        manifest = _manifest(path)
+        for name, value in common.items():
+            saved = manifest["common"].get(name)
+            if saved != value:
+                raise ValueError(
+                    f"checkpoint {path} is of another run: {name} is {saved!r} there and {value!r} "
+                    "here; resume with the settings of its run, or start anew in another "
+                    "log.folder without checkpoint.resume"
+                )
+        return manifest
+
+    manifest = together(run.control, check)
+    groups = [_hyperparameters(group) for group in run.optimizer.param_groups]
+    state = dist_checkpointing.load(_state(run, is_loading=True), str(path))
+    run.model.module.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    for group, own in zip(run.optimizer.param_groups, groups, strict=True):
+        group.update(own)  # the configuration's, should they have been changed since
+    run.scheduler.load_state_dict(state["scheduler"])
+    _set_random_state(state["random"])
+    return Progress(manifest["step"], manifest["sequence"])
+
+
+def _state(run: Run, is_loading: bool) -> dict[str, Any]:
+    metadata = {"dp_cp_group": run.groups.dp_cp, "chained_optim_avoid_prefix": True}
+    model = run.model.module.sharded_state_dict(metadata=metadata)
+    tp, pp = run.groups.tp, run.groups.pp
+    return {
+        "model": model,
+        "optimizer": run.optimizer.sharded_state_dict(model, is_loading, metadata=metadata),
+        "scheduler": run.scheduler.state_dict(),
+        # alike on data- and context-parallel ranks, so their number may change
+        "random": ShardedObject(
+            "random",
+            _random_state(),
+            (pp.size(), tp.size()),
+            (pp.rank(), tp.rank()),
+            replica_id=run.groups.dp_cp.rank(),
+        ),
+    }
+
+
+def _random_state() -> dict[str, Any]:
+    state: Any = np.random.get_state(legacy=True)
+    kind, keys, *rest = state
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "megatron": tensor_parallel.get_cuda_rng_tracker().get_states(),
+        "numpy": (kind, keys.tolist(), *rest),
+        "python": random.getstate(),
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["megatron"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    random.setstate(state["python"])
+
+
+def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in ("params", "step")}
+
+
+def _find(folder: Path, resume: str) -> str:
+    steps = {_step(path): path for path in _all(folder)}
+    half = sorted(path.name for path in folder.glob(f"{_TEMPORARY}*"))
+    hint = f" ({', '.join(half)} there is half-written and of no use)" if half else ""
+    if not steps:
+        raise ValueError(
+            f"checkpoint.resume={resume}: {folder} holds no checkpoint{hint}; leave out "
+            "checkpoint.resume to start anew, or set log.folder to the folder of the run"
+        )
+    if resume == "latest":
+        return str(steps[max(steps)])
+    if int(resume) not in steps:
+        nearest = min(steps, key=lambda step: abs(step - int(resume)))
+        raise ValueError(
+            f"checkpoint.resume={resume}: {folder} holds no checkpoint of that step{hint}, but of "
+            f"{', '.join(map(str, steps))}; nearest: {nearest}"
+        )
+    return str(steps[int(resume)])
+
+
+def _all(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step_*") if _NAME.fullmatch(path.name))
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+    return manifest
+
+
+def _damage(run: Run, path: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, one answer on every rank; None: nothing."""
+    found: str | None = None
+    try:
+        files = _manifest(path)["files"]
+        for name in _share(run, sorted(files)):
+            if not (path / name).is_file():
+                found = f"file {name} is missing"
+                break
+            size, digest = _digests(path, [name])[name]
+            if size != files[name][0]:
+                found = f"file {name} has {size} bytes, its manifest says {files[name][0]}"
+                break
+            if digest != files[name][1]:
+                found = f"the content of file {name} is not what was written"
+                break
+    except OSError as error:
+        what = "it is half-written, " if not (path / MANIFEST).exists() else ""
+        found = f"{what}file {Path(error.filename or path).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        found = f"file {MANIFEST} is not readable"
+    return next((each for each in run.control.all_gather_object(found) if each), None)
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _share(run: Run, names: list[str]) -> list[str]:
+    return names[run.control.rank :: run.control.size]
+
+
+def _digests(folder: Path, names: list[str]) -> dict[str, tuple[int, str]]:
+    """(size, digest) of each file, which is on disk afterwards."""
+    found = {}
+    for name in names:
+        with (folder / name).open("rb") as file:
+            digest = hashlib.file_digest(file, hashlib.blake2b).hexdigest()[:32]
+            found[name] = (file.tell(), digest)
+            os.fsync(file.fileno())
+    return found
+
+
+def _flush(path: Path) -> None:
+    """Have the content of a file, or the names in a folder, on disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _free_name(path: Path) -> Path:
+    return next(
+        name for i in range(1, 10**6) if not (name := Path(f"{path}.replaced_{i}")).exists()
+    )
+
+
+def _prune(folder: Path, keep: int) -> None:
+    for path in _all(folder)[:-keep] if keep else []:
+        shutil.rmtree(path)

@@ -1,0 +1,215 @@
+"""The configuration of a training run: defaults, then a YAML file, then `section.key=value` words.
+
+Whole numbers may be written with K or M (1024 and 1024·1024): `data.sequence_length=8K`.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from seqpar.models.config import ModelConfig
+
+
+@dataclass
+class TrainSection:
+    """How long, and from which seed."""
+
+    steps: int = 100
+    global_batch: int = 1  # packed sequences a step, over all data-parallel ranks
+    seed: int = 1234
+    precision: Literal["fp32", "bf16"] = "fp32"
+    evaluate_every: int = 0  # steps between held-out losses; 0: only at the end
+    evaluate_sequences: int = 8  # packed sequences of the held-out corpus, at most
+
+
+@dataclass
+class DataSection:
+    """Prefixes of corpora that `python -m seqpar.launch.prepare` wrote."""
+
+    path: str = MISSING
+    held_out: str | None = None
+    sequence_length: int = 8192  # tokens of one packed sequence, over all ranks that share it
+
+
+@dataclass
+class ParallelSection:
+    """How many ranks share one of each; the remaining ranks are data-parallel."""
+
+    context: int | None = None  # ranks that share a sequence; null: all that are left
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    layout: Literal["contiguous", "zigzag"] = "contiguous"
+    exchange: str = "auto"  # how memory states cross ranks
+    softmax: str = "auto"  # how keys and values of softmax layers cross ranks
+
+
+@dataclass
+class OptimizerSection:
+    """AdamW and the course of its learning rate."""
+
+    lr: float = 1e-3
+    min_lr: float = 1e-4
+    warmup_steps: int = 10
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+    distributed: bool = False
+
+
+@dataclass
+class CheckpointSection:
+    """Checkpoints lie in `log.folder`/checkpoints."""
+
+    every: int = 0  # steps between checkpoints; 0: only at the end
+    keep: int = 0  # how many of the newest to keep; 0: all
+    resume: str | None = None  # "latest", or the step of a checkpoint
+
+
+@dataclass
+class LogSection:
+    """Where a run writes, and how often it speaks."""
+
+    folder: str = MISSING
+    every: int = 1  # steps between step lines
+    tensorboard: bool = True
+
+
+@dataclass
+class Config:
+    """Everything that determines a run."""
+
+    train: TrainSection = field(default_factory=TrainSection)
+    data: DataSection = field(default_factory=DataSection)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    log: LogSection = field(default_factory=LogSection)
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in the YAML file `path`, changed by `overrides` ("section.key=value").
+
+    Raises:
+        ValueError: a file that cannot be read, an unknown key, a value of the wrong kind, a missing
+            setting. The message names the key and what would be right.
+    """
+    merged = OmegaConf.structured(Config)
+    try:
+        for layer in (_from_file(path), *map(_from_word, overrides)):
+            merged = OmegaConf.merge(merged, _resolve(layer, Config, ""))
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise ValueError(
+                f"{missing[0]} is not set; add it to {path} or to the command line as "
+                f"{missing[0]}=VALUE"
+            )
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        # the first of OmegaConf's several lines says what is wrong, the key says where
+        raise ValueError(f"{error.full_key}: {str(error.msg or error).splitlines()[0]}") from None
+    assert isinstance(config, Config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration as YAML that `load_config` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _from_file(path: str) -> Any:
+    try:
+        return OmegaConf.to_container(OmegaConf.create(Path(path).read_text()))
+    except OSError as error:
+        raise ValueError(f"config {path}: cannot be read ({error.strerror})") from None
+    except Exception as error:  # what the YAML parser raises passes through OmegaConf as it is
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config {path}: not valid YAML ({reason})") from None
+
+
+def _from_word(word: str) -> Any:
+    key, equals, _ = word.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ValueError(f"{word!r} must have the form section.key=value")
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([word]))
+    except Exception:  # as above
+        raise ValueError(f"{word!r}: the value is not valid YAML; quote it") from None
+
+
+def _resolve(value: Any, kind: Any, key: str) -> Any:
+    """`value` with known keys only, and with K and M of whole numbers written out."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise ValueError(
+                f"{key or 'the file'}={value!r} must be a section with the settings {_listed(kind)}"
+            )
+        hints = typing.get_type_hints(kind)
+        found = {}
+        for name, item in value.items():
+            full = f"{key}.{name}" if key else str(name)
+            if name not in hints:
+                raise ValueError(_unknown(full, kind))
+            found[name] = _resolve(item, hints[name], full)
+        return found
+    if isinstance(value, str) and int in _alternatives(kind):
+        number = re.fullmatch(r"(\d+(?:\.\d+)?)([KM])", value)
+        if number:
+            tokens = float(number[1]) * {"K": 2**10, "M": 2**20}[number[2]]
+            if tokens.is_integer():
+                return int(tokens)
+    if isinstance(value, int) and not isinstance(value, bool) and _alternatives(kind) == {str}:
+        return str(value)  # a word such as checkpoint.resume=20
+    return value
+
+
+def _alternatives(kind: Any) -> set[Any]:
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return set(typing.get_args(kind)) - {type(None)}
+    return {kind}
+
+
+def _listed(kind: Any) -> str:
+    return ", ".join(item.name for item in dataclasses.fields(kind))
+
+
+def _all_keys(kind: Any, prefix: str = "") -> list[str]:
+    hints = typing.get_type_hints(kind)
+    keys = []
+    for name, hint in hints.items():
+        keys.append(prefix + name)
+        if dataclasses.is_dataclass(hint):
+            keys += _all_keys(hint, f"{prefix}{name}.")
+    return keys
+
+
+def _unknown(key: str, kind: Any) -> str:
+    section, _, name = key.rpartition(".")
+    keys = _all_keys(Config)
+    names = {other.rpartition(".")[2] for other in keys}
+    meant = (
+        # the right name in the wrong section, a misspelt key, a misspelt name in the wrong section
+        [other for other in keys if other.rpartition(".")[2] == name]
+        or difflib.get_close_matches(key, keys, 1, 0.8)
+        or [
+            other
+            for close in difflib.get_close_matches(name, names, 1, 0.7)
+            for other in keys
+            if other.rpartition(".")[2] == close
+        ]
+    )
+    hint = f"did you mean {' or '.join(meant)}? " if meant else ""
+    return f"{key} is not a setting; {hint}{section or 'settings'}: {_listed(kind)}"

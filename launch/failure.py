@@ -1,0 +1,55 @@
+"""User errors of many ranks: one message, no traceback, every rank leaves."""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+import torch
+
+from seqpar.comm import Communicator
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """A mistake of the user that all ranks know of. Its text is the message to show."""
+
+
+def together(comm: Communicator, work: Callable[[], T]) -> T:
+    """The result of `work()`; raise `UserError` on every rank of `comm` if any rank's work failed.
+
+    ValueError and OSError are the user's: a setting or a file. The lowest rank's message counts.
+    Every rank must call this, `work` itself may hold collectives only if no rank can fail before
+    them alone. Anything else a rank raises passes through and is that rank's own.
+    """
+    message, result = None, None
+    try:
+        result = work()
+    except (ValueError, OSError) as error:
+        message = str(error) or repr(error)
+        logger.debug("where the user error was found", exc_info=True)
+    failed = torch.tensor([message is not None], dtype=torch.int32)
+    if comm.all_reduce(failed, "max").item():
+        raise UserError(next(text for text in comm.all_gather_object(message) if text is not None))
+    return result  # type: ignore[return-value]
+
+
+def leave(message: str, rank: int) -> NoReturn:
+    """End this process with exit code 1; rank 0 says why.
+
+    torchrun ends with a report of its own, whose last lines quote what its workers left in the file
+    named by TORCHELASTIC_ERROR_FILE: the message goes there too, so that it is not buried.
+    """
+    if rank == 0:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": f"error: {message}", "timestamp": str(int(time.time()))}
+        with open(path, "w") as file:
+            json.dump({"message": {"message": message, "extraInfo": extra}}, file)
+    sys.exit(1)

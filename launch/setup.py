@@ -1,0 +1,145 @@
+"""Builds what a training run consists of on this rank: groups, model, optimizer, schedule."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import Float16Module
+
+from seqpar.comm import Communicator
+from seqpar.launch.checks import Sizes
+from seqpar.launch.config import Config
+from seqpar.launch.ranks import device_of_this_rank
+from seqpar.models import compat
+from seqpar.models.language_model import build_language_model
+from seqpar.models.transformer import transformer_config
+
+
+@dataclass
+class Run:
+    """One rank's part of a training run.
+
+    control: communicator of all ranks, on the host. sequence: of the ranks that share a sequence;
+    its traffic is what layers exchange. model: Megatron's DDP around the language model.
+    """
+
+    config: Config
+    sizes: Sizes
+    groups: ProcessGroupCollection
+    control: Communicator
+    sequence: Communicator
+    device: torch.device
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+
+def build(config: Config, sizes: Sizes, control: Communicator) -> Run:
+    """Build the run on this rank. All ranks call it, after torch.distributed is initialised.
+
+    Raises:
+        ValueError: a model that is not possible, or not with these parallel sizes.
+    """
+    compat.install()
+    device = device_of_this_rank()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
+    try:
+        model_config = transformer_config(
+            config.model,
+            tensor_parallel=sizes.tensor,
+            context_parallel=sizes.context,
+            pipeline_parallel=sizes.pipeline,
+            expert_parallel=sizes.expert,
+            sequence_parallel=sizes.tensor > 1,
+            dtype=dtype,
+        )
+    except ValueError as error:  # names its arguments, here they are settings
+        raise ValueError(re.sub(r"\b(\w+)_parallel=", r"parallel.\1=", str(error))) from None
+    parallel_state.initialize_model_parallel(
+        sizes.tensor,
+        sizes.pipeline,
+        context_parallel_size=sizes.context,
+        expert_model_parallel_size=sizes.expert,
+        expert_tensor_parallel_size=1,
+    )
+    torch.manual_seed(config.train.seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    module: Any = build_language_model(
+        config.model,
+        model_config,
+        groups,
+        softmax_method=config.parallel.softmax,
+        pre_process=groups.pp.rank() == 0,
+        post_process=groups.pp.rank() == sizes.pipeline - 1,
+    ).to(device)
+    if dtype == torch.bfloat16:
+        module = Float16Module(model_config, module)
+    # Gradients are summed in fp32 whatever the model's precision is.
+    model = DistributedDataParallel(
+        model_config,
+        DistributedDataParallelConfig(grad_reduce_in_fp32=True),
+        module,
+        pg_collection=groups,
+    )
+    model.broadcast_params()
+    optimizer = get_megatron_optimizer(
+        _optimizer_config(config), [model], use_gloo_process_groups=False, pg_collection=groups
+    )
+    model_config.finalize_model_grads_func = finalize_model_grads
+    model_config.grad_scale_func = optimizer.scale_loss
+    return Run(
+        config,
+        sizes,
+        groups,
+        control,
+        Communicator(groups.cp),
+        device,
+        model,
+        optimizer,
+        _scheduler(config, optimizer),
+    )
+
+
+def _optimizer_config(config: Config) -> OptimizerConfig:
+    optimizer = config.optimizer
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_eps=optimizer.eps,
+        clip_grad=optimizer.clip_grad,
+        bf16=config.train.precision == "bf16",
+        params_dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
+    )
+
+
+def _scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    wanted = config.optimizer
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=wanted.lr / (wanted.warmup_steps + 1),  # from 0 the first step would change nothing
+        max_lr=wanted.lr,
+        min_lr=wanted.min_lr,
+        lr_warmup_steps=wanted.warmup_steps,
+        lr_decay_steps=config.train.steps,
+        lr_decay_style=wanted.schedule,
+        start_wd=wanted.weight_decay,
+        end_wd=wanted.weight_decay,
+        wd_incr_steps=config.train.steps,
+        wd_incr_style="constant",
+        # A resumed run keeps the count of its steps, the course is the configuration's.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )

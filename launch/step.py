@@ -1,0 +1,114 @@
+"""One optimizer step, and one held-out loss, over packed sequences."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from seqpar import Layout, SequenceParallel
+from seqpar.launch.data import PackedStream
+from seqpar.launch.failure import together
+from seqpar.launch.setup import Run
+from seqpar.models.language_model import Batch, forward_step
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """loss: mean over all valid tokens of the step. bytes_sent: by all ranks, for the sequence."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    bytes_sent: int
+
+
+def train_step(run: Run, stream: PackedStream, first_sequence: int) -> StepResult:
+    """Train on sequences `first_sequence` ... + global_batch - 1 of `stream`.
+
+    Raises:
+        UserError: on every rank, when a rank cannot read its part of the data.
+    """
+    sequences = range(first_sequence, first_sequence + run.config.train.global_batch)
+    own = sequences[run.groups.dp.rank() :: run.sizes.data]
+    batches = together(run.control, lambda: [_batch(run, stream, i) for i in own])
+    sent_before = run.sequence.total().bytes_sent
+    run.model.zero_grad_buffer()
+    run.optimizer.zero_grad()
+    loss_sum, tokens = _forward(run, batches, train=True)
+    _, grad_norm, _ = run.optimizer.step()
+    lr = get_canonical_lr_for_logging(run.optimizer.param_groups)
+    run.scheduler.step(1)
+    loss_sum, tokens, sent = _sum_over_ranks(
+        run, loss_sum, tokens, run.sequence.total().bytes_sent - sent_before
+    )
+    return StepResult(loss_sum / max(tokens, 1), float(grad_norm or 0), float(lr or 0), int(sent))
+
+
+def held_out_loss(run: Run, stream: PackedStream) -> float:
+    """Mean loss in nats over the valid tokens of the first train.evaluate_sequences of `stream`.
+
+    Raises:
+        UserError: on every rank, when a rank cannot read its part of the data.
+    """
+    sequences = min(run.config.train.evaluate_sequences, stream.sequences)
+    # every data-parallel rank takes part in every round, with nothing that counts if need be
+    rounds = -(-sequences // run.sizes.data)
+    own = [i * run.sizes.data + run.groups.dp.rank() for i in range(rounds)]
+    loss_sum, tokens = 0.0, 0.0
+    run.model.eval()
+    for i in own:
+        batch = together(run.control, partial(_batch, run, stream, i))
+        if i >= sequences:
+            batch.loss_mask.zero_()
+        found = _forward(run, [batch], train=False)
+        loss_sum, tokens = loss_sum + found[0], tokens + found[1]
+    run.model.train()
+    loss_sum, tokens, _ = _sum_over_ranks(run, loss_sum, tokens, 0)
+    return loss_sum / max(tokens, 1)
+
+
+def _batch(run: Run, stream: PackedStream, index: int) -> Batch:
+    layout = Layout(
+        run.config.data.sequence_length,
+        run.sizes.context,
+        run.config.parallel.layout,
+        stream.cu_seqlens(index),
+    )
+    shard = stream.read(index, layout, run.sequence.rank)
+    sp = SequenceParallel(layout=layout, exchange=run.config.parallel.exchange, comm=run.sequence)
+    return Batch(
+        shard.tokens.to(run.device),
+        shard.labels.to(run.device),
+        shard.loss_mask.to(run.device),
+        sp,
+    )
+
+
+def _forward(run: Run, batches: list[Batch], train: bool) -> tuple[float, float]:
+    """Run Megatron's schedule; (loss sum, valid tokens) of this rank, 0 but on the last stage."""
+    iterator: Iterator[Batch] = iter(batches)
+    with nullcontext() if train else torch.no_grad():
+        reports = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterator,
+            model=[run.model],
+            num_microbatches=len(batches),
+            seq_length=run.config.data.sequence_length,
+            micro_batch_size=1,
+            forward_only=not train,
+        )
+    return (
+        sum(float(report["loss_sum"]) for report in reports),
+        sum(float(report["tokens"]) for report in reports),
+    )
+
+
+def _sum_over_ranks(run: Run, loss_sum: float, tokens: float, sent: int) -> tuple[float, ...]:
+    # tensor-parallel ranks report the same losses
+    own = torch.tensor([loss_sum, tokens, sent], dtype=torch.float64)
+    own[:2] /= run.sizes.tensor
+    return tuple(run.control.all_reduce(own).tolist())

@@ -1,0 +1,161 @@
+"""Training: `torchrun ... -m seqpar.launch.train CONFIG [section.key=value ...]`.
+
+One process without torchrun: `python -m seqpar.launch.train CONFIG [section.key=value ...]`.
+"""
+
+import argparse
+import logging
+import math
+import os
+import shlex
+import shutil
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from seqpar.comm import Communicator
+from seqpar.launch.checks import check
+from seqpar.launch.config import Config, load_config, to_yaml
+from seqpar.launch.failure import UserError, leave, together
+from seqpar.launch.metrics import METRICS
+from seqpar.launch.ranks import start_ranks
+
+
+@dataclass(frozen=True)
+class Command:
+    """What was asked for: a YAML file, and words "section.key=value" that change it."""
+
+    config: str
+    overrides: tuple[str, ...] = ()
+
+    def again(self, *changes: str) -> str:
+        """The shell command of this run with some settings changed."""
+        keys = {change.partition("=")[0] for change in changes}
+        words = [word for word in self.overrides if word.partition("=")[0] not in keys]
+        module = ["-m", "seqpar.launch.train", self.config, *words, *changes]
+        if "LOCAL_WORLD_SIZE" not in os.environ:
+            return shlex.join([_beside_python("python"), *module])
+        ranks, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = ["--standalone"] if local == ranks else ["--nnodes", str(ranks // local)]
+        start = [_beside_python("torchrun"), *nodes, "--nproc-per-node", str(local)]
+        return shlex.join([*start, *module])
+
+
+def train(command: Command, control: Communicator) -> None:
+    """Train as `command` says. Every rank calls it, with a communicator of all ranks.
+
+    Raises:
+        UserError: on every rank, for whatever the user can put right.
+    """
+    config = together(control, lambda: load_config(command.config, command.overrides))
+    sizes = together(control, lambda: check(config, control.size))
+    # Megatron takes seconds to import; mistakes found above are told at once.
+    from seqpar.launch import checkpoint
+    from seqpar.launch.data import open_stream
+    from seqpar.launch.report import Report
+    from seqpar.launch.setup import build
+    from seqpar.launch.step import held_out_loss, train_step
+
+    data, steps = config.data, config.train.steps
+    folder = Path(config.log.folder)
+    saved = folder / "checkpoints"
+    leader = control.rank == 0
+    together(control, lambda: _check_folder(config) if leader else None)
+    stream = together(control, lambda: open_stream(config, "path"))
+    held_out = together(control, lambda: open_stream(config, "held_out")) if data.held_out else None
+    run = together(control, lambda: build(config, sizes, control))
+    common = checkpoint.identity(run, stream.corpus)
+    done = checkpoint.Progress()
+    if config.checkpoint.resume is not None:
+        done = checkpoint.load(run, saved, config.checkpoint.resume, common)
+    together(control, lambda: _begin_folder(config, done.step) if leader else None)
+    entropy = held_out.unigram_entropy if held_out else None
+    report = Report(config, done.step, entropy, not leader)
+    report.begin(sizes, stream, sum(p.numel() for p in run.model.parameters()))
+    while done.step < steps:
+        report.clock.start()
+        result = train_step(run, stream, done.sequence)
+        report.clock.stop()
+        done = checkpoint.Progress(done.step + 1, done.sequence + config.train.global_batch)
+        report.step(done.step, result)
+        if not math.isfinite(result.loss):
+            raise UserError(
+                f"the loss is {result.loss} at step {done.step}: training has diverged; lower "
+                f"optimizer.lr={config.optimizer.lr} or optimizer.clip_grad, or raise "
+                "optimizer.warmup_steps"
+            )
+        if held_out and _due(config.train.evaluate_every, done.step, steps):
+            report.held_out(done.step, held_out_loss(run, held_out))
+        if _due(config.checkpoint.every, done.step, steps):
+            report.checkpoint(checkpoint.save(run, saved, done, common))
+    more = steps + max(1, steps // 2)
+    report.end(command.again("checkpoint.resume=latest", f"train.steps={more}"))
+
+
+def _due(every: int, step: int, steps: int) -> bool:
+    return step == steps or (every > 0 and step % every == 0)
+
+
+def _check_folder(config: Config) -> None:
+    """Refuse to mix a new run with the files of an old one."""
+    folder = Path(config.log.folder)
+    written = [name for name in ("config.yaml", METRICS, "checkpoints") if (folder / name).exists()]
+    if config.checkpoint.resume is None and written:
+        raise ValueError(
+            f"log.folder={folder} holds a run already ({', '.join(written)}); continue it with "
+            "checkpoint.resume=latest, or choose another log.folder"
+        )
+
+
+def _begin_folder(config: Config, step: int) -> None:
+    folder = Path(config.log.folder)
+    if step >= config.train.steps:
+        raise ValueError(
+            f"train.steps={config.train.steps}: the checkpoint is of step {step}, nothing is left "
+            f"to train; set train.steps above {step}"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    # a resumed run may have other settings than the one it continues
+    (folder / (f"config_from_step_{step}.yaml" if step else "config.yaml")).write_text(
+        to_yaml(config)
+    )
+
+
+def _beside_python(name: str) -> str:
+    """How to call a program of this Python's environment, short where possible."""
+    path = Path(sys.executable).with_name(name)
+    if not path.exists() or shutil.which(name) == str(path):
+        return name
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m seqpar.launch.train",
+        description="Train a language model on sequences cut over all ranks of torchrun.",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, see launch/configs")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for module in ("megatron", "torch"):  # hints for developers of those, at every start
+        warnings.filterwarnings("ignore", module=module)
+    control = start_ranks()
+    message = None
+    try:
+        train(Command(args.config, tuple(args.overrides)), control)
+    except UserError as error:
+        message = str(error)
+    control.barrier()  # a rank that leaves first would break the others' connections
+    dist.destroy_process_group()
+    if message is not None:
+        leave(message, control.rank)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""A run that is killed and resumed goes on as if nothing had been, or says what is wrong."""
+
+import json
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch_setup import losses, train_on, workplace
+
+from seqpar.launch.failure import UserError
+
+SAVING = ["train.steps=12", "checkpoint.every=4"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return workplace(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def whole(config: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of 12 steps on two ranks that nothing has happened to."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train_on(2, config, f"log.folder={folder}", *SAVING)
+    return folder
+
+
+@pytest.fixture
+def half(whole: Path, tmp_path: Path) -> Path:
+    """A copy of that run as it was after step 8."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "checkpoints/step_00000012")
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:8]))
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def _kill_at(number: int) -> Callable[[int], None]:
+    def arrange(rank: int) -> None:
+        from seqpar.launch import step
+
+        module: Any = step
+        train_step, calls = module.train_step, [0]
+
+        def dies(*args: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return train_step(*args)
+
+        module.train_step = dies
+
+    return arrange
+
+
+def test_killed_and_resumed_is_the_same_run(config: str, whole: Path, tmp_path: Path) -> None:
+    words = [f"log.folder={tmp_path}/run", *SAVING]
+    with pytest.raises(AssertionError, match="died without a word"):
+        train_on(2, config, *words, before=_kill_at(7))
+    assert sorted(losses(tmp_path / "run")) == list(range(1, 7))
+    text = train_on(2, config, *words, "checkpoint.resume=latest")
+    assert "resumed after step 4" in text
+    assert losses(tmp_path / "run") == losses(whole)  # to the last bit
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines if "grad_norm" in line]
+    assert steps == [*range(1, 7), *range(5, 13)]
+
+
+@pytest.mark.parametrize(("ranks", "words"), [(1, []), (4, []), (2, ["parallel.layout=zigzag"])])
+def test_resumes_on_other_ranks(
+    ranks: int, words: list[str], config: str, half: Path, whole: Path
+) -> None:
+    train_on(ranks, config, f"log.folder={half}", *SAVING, "checkpoint.resume=latest", *words)
+    found, expected = losses(half), losses(whole)
+    assert sorted(found) == sorted(expected)
+    for step in range(9, 13):
+        assert found[step][0] == pytest.approx(expected[step][0], abs=1e-4)
+        assert found[step][2] == expected[step][2]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        (2, ["parallel.context=1", "parallel.expert=2", "train.global_batch=2"]),
+        (4, ["parallel.tensor=2", "parallel.expert=2", "model.vocab_size=258"]),
+        (2, ["parallel.pipeline=2", "train.global_batch=2"]),
+        (2, ["train.precision=bf16"]),
+    ],
+)
+def test_resumes_exactly_with_every_kind_of_parallelism(
+    ranks: int, words: list[str], config: str, tmp_path: Path
+) -> None:
+    words = [f"log.folder={tmp_path}/run", "train.steps=6", "checkpoint.every=3", *words]
+    train_on(ranks, config, *words)
+    expected = losses(tmp_path / "run")
+    assert expected[6][0] < expected[1][0] - 0.05
+    (tmp_path / "run/metrics.jsonl").write_text("")
+    train_on(ranks, config, *words, "checkpoint.resume=3")
+    assert losses(tmp_path / "run") == {step: expected[step] for step in (4, 5, 6)}
+
+
+def test_the_optimizer_state_matters_to_these_tests(config: str, half: Path, whole: Path) -> None:
+    """Resuming without it gives other losses, so equal losses show that it came back."""
+
+    def forget(rank: int) -> None:
+        from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+        load = ChainedOptimizer.load_state_dict
+
+        def forgets(self: ChainedOptimizer, state: Any) -> None:
+            load(self, state)
+            for each in self.chained_optimizers:
+                for moments in each.optimizer.state.values():
+                    moments["exp_avg"].zero_()
+
+        vars_of: Any = ChainedOptimizer
+        vars_of.load_state_dict = forgets
+
+    words = [f"log.folder={half}", *SAVING, "checkpoint.resume=latest"]
+    train_on(2, config, *words, before=forget)
+    assert abs(losses(half)[12][0] - losses(whole)[12][0]) > 1e-3
+
+
+def test_killed_while_saving(config: str, half: Path, whole: Path) -> None:
+    """Every rank dies when the files of step 12 are written but not yet checked."""
+
+    def arrange(rank: int) -> None:
+        from seqpar.launch import checkpoint
+
+        module: Any = checkpoint
+        module._digests = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+    words = [f"log.folder={half}", *SAVING]
+    before = files(half / "checkpoints")
+    with pytest.raises(AssertionError, match="died without a word"):
+        # reading checks digests too: start anew elsewhere, die at the first save
+        train_on(2, config, f"log.folder={half}-2", *SAVING, before=arrange)
+    left = [path.name for path in Path(f"{half}-2/checkpoints").iterdir()]
+    assert left == [".writing_step_00000004"]
+    with pytest.raises(UserError, match=r"\.writing_step_00000004 there is half-written"):
+        train_on(2, config, f"log.folder={half}-2", *SAVING, "checkpoint.resume=latest")
+    # beside good ones it is passed over, and written anew
+    shutil.copytree(
+        f"{half}-2/checkpoints/.writing_step_00000004",
+        half / "checkpoints/.writing_step_00000012",
+    )
+    train_on(2, config, *words, "checkpoint.resume=latest")
+    assert losses(half) == losses(whole)
+    after = files(half / "checkpoints")
+    assert {name: after[name] for name in before} == before
+    assert not list((half / "checkpoints").glob(".writing*"))
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
+    ("__0_1.distcp", _cut, r"file __0_1\.distcp has \d+ bytes, its manifest says \d+"),
+    ("__1_0.distcp", _flip, r"the content of file __1_0\.distcp is not what was written"),
+    (".metadata", Path.unlink, r"file \.metadata is missing"),
+    ("common.pt", _flip, r"the content of file common\.pt"),
+    ("manifest.json", Path.unlink, r"it is half-written, file manifest\.json: No such file"),
+    ("manifest.json", _cut, r"file manifest\.json is not readable"),
+    ("manifest.json", lambda path: path.write_text("{}"), r"file manifest\.json is not readable"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "message"), DAMAGE)
+def test_damage_is_found_and_the_last_good_one_named(
+    name: str, damage: Callable[[Path], Any], message: str, config: str, half: Path
+) -> None:
+    newest = half / "checkpoints/step_00000008"
+    if name == "manifest.json" and damage is _cut:
+        damage = lambda path: path.write_text(path.read_text()[:-9])  # noqa: E731
+    damage(newest / name)
+    before = files(half)
+    words = [f"log.folder={half}", *SAVING]
+    with pytest.raises(UserError, match=message) as error:
+        train_on(2, config, *words, "checkpoint.resume=latest")
+    assert str(newest) in str(error.value)
+    assert "set checkpoint.resume=4" in str(error.value)
+    assert files(half) == before
+
+
+def test_the_remedy_works_and_sets_the_damaged_one_aside(
+    config: str, half: Path, whole: Path
+) -> None:
+    newest = half / "checkpoints/step_00000008"
+    _flip(newest / "common.pt")
+    broken = files(newest)
+    train_on(2, config, f"log.folder={half}", *SAVING, "checkpoint.resume=4")
+    assert losses(half) == losses(whole)
+    assert files(half / "checkpoints/step_00000008.replaced_1") == broken
+    assert files(newest) != broken
+
+
+def test_when_nothing_is_intact(config: str, half: Path) -> None:
+    for path in (half / "checkpoints").iterdir():
+        _flip(path / "common.pt")
+    with pytest.raises(UserError, match=r"no checkpoint in .* is intact: start anew"):
+        train_on(2, config, f"log.folder={half}", *SAVING, "checkpoint.resume=latest")
+
+
+OTHER = [
+    ("model.pattern=LL", r"model\.pattern is 'LN' there and 'LL' here"),
+    ("model.hidden_size=64", r"model\.hidden_size is 32 there and 64 here"),
+    ("data.sequence_length=128", r"data\.sequence_length is 256 there and 128 here"),
+    ("train.seed=1", r"train\.seed is 1234 there and 1 here"),
+    ("checkpoint.resume=7", r"no checkpoint of that step, but of 4, 8; nearest: 8"),
+    ("checkpoint.resume=newest", r'must be "latest" or the step of a checkpoint'),
+    ("train.steps=8", r"the checkpoint is of step 8, nothing is left to train"),
+]
+
+
+@pytest.mark.parametrize(("word", "message"), OTHER)
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    word: str, message: str, config: str, half: Path
+) -> None:
+    before = files(half)
+    words = [f"log.folder={half}", *SAVING, "checkpoint.resume=latest"]
+    with pytest.raises(UserError, match=message):
+        train_on(1, config, *words, word)
+    assert files(half) == before
+
+
+def test_random_numbers_go_on(config: str, tmp_path: Path) -> None:
+    """Of Python, NumPy, torch and Megatron's tracker, drawn once a step."""
+
+    def draw(rank: int) -> None:
+        import numpy as np
+        import torch
+        from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+        from seqpar.launch import step
+
+        module: Any = step
+        train_step = module.train_step
+
+        def draws(*args: Any) -> Any:
+            result = train_step(*args)
+            with get_cuda_rng_tracker().fork():
+                tracked = torch.rand(1).item()
+            line = [random.random(), np.random.random(), torch.rand(1).item(), tracked]
+            with (tmp_path / "drawn").open("a") as file:
+                file.write(f"{line}\n")
+            return result
+
+        module.train_step = draws
+
+    words = [f"log.folder={tmp_path}/run", "train.steps=4", "checkpoint.every=2"]
+    train_on(1, config, *words, before=draw)
+    train_on(1, config, *words, "checkpoint.resume=2", before=draw)
+    lines = (tmp_path / "drawn").read_text().splitlines()
+    assert lines[2:4] == lines[4:6]
+    assert len(set(lines)) == 4
+
+
+def test_only_the_newest_are_kept(config: str, tmp_path: Path) -> None:
+    words = ["train.steps=5", "checkpoint.every=1", "checkpoint.keep=2"]
+    train_on(1, config, f"log.folder={tmp_path}/run", *words)
+    kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert kept == ["step_00000004", "step_00000005"]
+
+
+def test_a_changed_learning_rate_counts_after_resuming(config: str, half: Path) -> None:
+    words = [f"log.folder={half}", *SAVING, "checkpoint.resume=latest"]
+    words += ["optimizer.schedule=constant", "optimizer.lr=3e-3"]
+    train_on(1, config, *words)
+    assert [losses(half)[step][2] for step in range(9, 13)] == [3e-3] * 4
