@@ -24,7 +24,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> str:
 def alone(config: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of a run on one rank, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "alone"
-    return folder, train_on(1, config, f"log.folder={folder}", "train.global_batch=2")
+    words = [f"log.folder={folder}", "train.global_batch=2", "train.evaluate_every=8"]
+    return folder, train_on(1, config, *words)
 
 
 PARALLEL = {
@@ -57,7 +58,8 @@ def test_what_is_printed(alone: tuple[Path, str]) -> None:
     first = next(line for line in lines if line.startswith("step  1/20"))
     for part in ("loss 5.", "grad ", "lr ", "tokens/s", "ETA 0:0", "exchanged 0 B"):
         assert part in first
-    assert any("held-out loss" in line and "unigram entropy" in line for line in lines)
+    held_out = [line for line in lines if "held-out loss" in line and "unigram entropy" in line]
+    assert [line.split(":")[0] for line in held_out] == ["step 8", "step 16", "step 20"]
     end = dict(line.split(maxsplit=1) for line in lines[lines.index("") + 1 :])
     assert end["checkpoint"] == f"{folder}/checkpoints/step_00000020"
     assert (folder / "metrics.jsonl").stat().st_size
