@@ -97,6 +97,8 @@ class Report:
             seconds=self.clock.last,
             tokens=step * self.clock.tokens,
             bytes_exchanged=result.bytes_sent,
+            **{f"bytes_{kind}": sent for kind, (sent, _) in result.traffic.items()},
+            **{f"waited_{kind}": waited for kind, (_, waited) in result.traffic.items()},
         )
         steps, done_now = self._config.train.steps, step - self._first_step
         if step % self._config.log.every == 0 or step == steps or done_now == 1:

@@ -18,12 +18,17 @@ from seqpar.models.language_model import Batch, forward_step
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over all valid tokens of the step. bytes_sent: by all ranks, for the sequence."""
+    """What a step came to.
+
+    loss: mean over all valid tokens. bytes_sent: by all ranks, for the sequence. traffic: this
+    rank's bytes sent and seconds waited for the sequence, by kind of layer.
+    """
 
     loss: float
     grad_norm: float
     lr: float
     bytes_sent: int
+    traffic: dict[str, tuple[int, float]]
 
 
 def train_step(run: Run, stream: PackedStream, first_sequence: int) -> StepResult:
@@ -35,17 +40,22 @@ def train_step(run: Run, stream: PackedStream, first_sequence: int) -> StepResul
     sequences = range(first_sequence, first_sequence + run.config.train.global_batch)
     own = sequences[run.groups.dp.rank() :: run.sizes.data]
     batches = together(run.control, lambda: [_batch(run, stream, i) for i in own])
-    sent_before = run.sequence.total().bytes_sent
+    before = _traffic(run)
     run.model.zero_grad_buffer()
     run.optimizer.zero_grad()
     loss_sum, tokens = _forward(run, batches, train=True)
     _, grad_norm, _ = run.optimizer.step()
     lr = get_canonical_lr_for_logging(run.optimizer.param_groups)
     run.scheduler.step(1)
-    loss_sum, tokens, sent = _sum_over_ranks(
-        run, loss_sum, tokens, run.sequence.total().bytes_sent - sent_before
+    traffic = {
+        kind: (sent - before.get(kind, (0, 0.0))[0], waited - before.get(kind, (0, 0.0))[1])
+        for kind, (sent, waited) in _traffic(run).items()
+    }
+    own_sent = sum(sent for sent, _ in traffic.values())
+    loss_sum, tokens, sent = _sum_over_ranks(run, loss_sum, tokens, own_sent)
+    return StepResult(
+        loss_sum / max(tokens, 1), float(grad_norm or 0), float(lr or 0), int(sent), traffic
     )
-    return StepResult(loss_sum / max(tokens, 1), float(grad_norm or 0), float(lr or 0), int(sent))
 
 
 def held_out_loss(run: Run, stream: PackedStream) -> float:
@@ -69,6 +79,10 @@ def held_out_loss(run: Run, stream: PackedStream) -> float:
     run.model.train()
     loss_sum, tokens, _ = _sum_over_ranks(run, loss_sum, tokens, 0)
     return loss_sum / max(tokens, 1)
+
+
+def _traffic(run: Run) -> dict[str, tuple[int, float]]:
+    return {kind: (t.bytes_sent, t.seconds_waited) for kind, t in run.sequence.traffic.items()}
 
 
 def _batch(run: Run, stream: PackedStream, index: int) -> Batch:

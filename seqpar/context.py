@@ -63,13 +63,20 @@ class SequenceParallel:
             raise ValueError(f"segment_tokens={segment_tokens} must be None or from 1; nearest: 1")
         self.segment_tokens = segment_tokens
         self._reached = False
-        self._choices: dict[tuple[int, int], Choice] = {}
+        self._choices: dict[tuple[int, int, float], Choice] = {}
 
-    def choice(self, A_bytes: int, B_bytes: int) -> Choice:
-        """The exchange for summaries (A, B) of these sizes; print it to see why."""
-        key = A_bytes, B_bytes
+    def choice(self, A_bytes: int, B_bytes: int, work: float = 0.0) -> Choice:
+        """The exchange for summaries (A, B) of these sizes; print it to see why.
+
+        work: operations a token that a layer does while the exchange travels.
+        """
+        key = A_bytes, B_bytes, work
         if key not in self._choices:
-            self._choices[key] = choose(self.exchange, self.layout.chain, self.links, *key)
+            rate = self.links.work_rate
+            hidden = work * min(self.layout.shard_sizes) / rate if rate else 0.0
+            self._choices[key] = choose(
+                self.exchange, self.layout.chain, self.links, A_bytes, B_bytes, hidden
+            )
         return self._choices[key]
 
     def enter(self, call: str, **tensors: Tensor) -> None:

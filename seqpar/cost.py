@@ -25,7 +25,9 @@ class Links:
 
     nodes: the node of each rank. latency (seconds a message) and bandwidth (bytes/s each way) hold
     within a node; across_latency and across_bandwidth between nodes. The defaults are those of
-    GPUs with NVLink and 400 Gb/s InfiniBand; `measure` gives a machine's own.
+    GPUs with NVLink and 400 Gb/s InfiniBand; `measure` gives a machine's own. work_rate (operations
+    a second): how fast the layer's own work runs that hides an exchange; 0 if nothing is to be
+    reckoned as hidden.
     """
 
     nodes: tuple[int, ...]
@@ -33,6 +35,7 @@ class Links:
     bandwidth: float = 3e11
     across_latency: float = 4e-5
     across_bandwidth: float = 4.5e10
+    work_rate: float = 0.0
 
     def message(self, source: int, target: int, size: float) -> float:
         """Seconds for `size` bytes from one rank to another; nothing for a rank to itself."""

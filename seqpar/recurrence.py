@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from seqpar.context import SequenceParallel
 from seqpar.exchange import EXCHANGES, through
-from seqpar.kernels.chunked import Family, Late
+from seqpar.kernels.chunked import CHUNK, Family, Late
 from seqpar.kernels.transition import Transition
 from seqpar.layout import Layout
 
@@ -139,8 +139,10 @@ class _Segments:
         if self.exchanged:
             whole_B = torch.stack([fold(order, None) for order in orders])
             whole_A = torch.stack([self._product(transition, A, order) for order in orders])
-            sizes = (x[0].numel() * x.element_size() for x in (whole_A, whole_B))
-            choice = self._sp.choice(*sizes)
+            A_bytes, B_bytes = (x[0].numel() * x.element_size() for x in (whole_A, whole_B))
+            batch, heads, key, value = whole_B.shape[1:]
+            work = 2 * batch * heads * CHUNK * (key + value)  # scores and their product with v
+            choice = self._sp.choice(A_bytes, B_bytes, work)
             start = EXCHANGES[choice.name]
             arriving = start(transition, whole_A, whole_B, chain, self._sp.comm, **choice.options)
 

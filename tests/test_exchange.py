@@ -8,7 +8,7 @@ import torch
 from harness import assert_close, run_ranks
 from torch import Tensor
 
-from seqpar import Layout
+from seqpar import Layout, SequenceParallel
 from seqpar.chain import Chain
 from seqpar.comm import Communicator, Traffic
 from seqpar.cost import Links, choose, measure
@@ -149,6 +149,13 @@ def test_auto_takes_what_keeps_a_rank_waiting_least() -> None:
     assert two.seconds["allgather"] == two.seconds["ring"]
     hidden = choose("auto", long_chain, near, dense, state, hidden=1.0)
     assert hidden.name == "allgather"  # everything hides behind a second of work
+    comm = Communicator()
+    comm.size = 64  # to reckon, not to run
+    for work_rate, name in ((1e-3, "allgather"), (1e30, many.name)):
+        links = Links((0,) * 64, work_rate=work_rate)
+        sp = SequenceParallel(layout=Layout(64, 64), links=links, comm=comm)
+        assert sp.choice(dense, state, work=1.0).name == name
+    assert many.name != "allgather"
     nodes = Links(tuple(rank // 8 for rank in range(64)), across_latency=1e-3)
     assert choose("auto", long_chain, nodes, dense, state).name in ("twolevel", "doubling")
     assert "->" in str(many)
