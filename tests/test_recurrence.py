@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -157,8 +158,8 @@ def make_layout(world_size: int, kind: str, documents: str, tokens: int = TOKENS
 @pytest.mark.parametrize(
     "arguments",
     [
-        *[("allgather", size, "contiguous", "whole") for size in (1, 2)],
-        *[("allgather", 3, kind, "packed") for kind in ("contiguous", "zigzag", "uneven")],
+        *product(("allgather",), (1, 2, 3, 4), ("contiguous", "zigzag"), ("whole", "packed")),
+        ("allgather", 3, "uneven", "packed"),
         *[(exchange, 3, "zigzag", "packed") for exchange in EXCHANGES[1:]],
         *[(exchange, 4, "contiguous", "whole") for exchange in EXCHANGES[1:]],
         ("auto", 4, "uneven", "random"),
