@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from seqpar.agreement import ExchangeError
 from seqpar.comm import Communicator
 from seqpar.launch.checks import check
 from seqpar.launch.config import Config, load_config, to_yaml
@@ -149,6 +150,8 @@ def main() -> None:
     message = None
     try:
         train(Command(args.config, tuple(args.overrides)), control)
+    except ExchangeError as error:  # the others are gone or fail likewise: nothing to wait for
+        leave(f"rank {control.rank}: {error}", 0)
     except UserError as error:
         message = str(error)
     control.barrier()  # a rank that leaves first would break the others' connections

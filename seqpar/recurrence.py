@@ -121,8 +121,7 @@ class _Segments:
         """
         chain = self._sp.layout.chain.backwards if backwards else self._sp.layout.chain
         enters = set(self.continued if backwards else self.continues)
-        ranges = [reversed(r) if backwards else r for r in map(list, self._ranges)]
-        orders = [list(order) for order in ranges]
+        orders = [list(reversed(r)) if backwards else list(r) for r in self._ranges]
 
         def fold(order: list[int], state: Tensor | None) -> Tensor:
             """The state that leaves the range that `state` enters."""
