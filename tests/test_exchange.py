@@ -95,10 +95,15 @@ def test_states_equal_the_fold(name: str, size: int) -> None:
     run_ranks(work, size)
 
 
-def traffic(exchange: Callable[..., States], size: int, shape: tuple[int, int]) -> list[Traffic]:
-    """What each rank moves for one document over `size` contiguous ranks."""
+def traffic(
+    exchange: Callable[..., States],
+    size: int,
+    shape: tuple[int, int],
+    cu_seqlens: list[int] | None = None,
+) -> list[Traffic]:
+    """What each rank moves for one token a rank over `size` contiguous ranks."""
     transition = Dense() if shape == (K, K) else Decay() if shape[0] else Identity()
-    chain = Layout(size, size).chain
+    chain = Layout(size, size, cu_seqlens=cu_seqlens).chain
 
     def work(rank: int) -> Traffic:
         comm = Communicator(torch.distributed.group.WORLD)
@@ -135,6 +140,17 @@ def test_bytes_and_calls_are_those_of_the_formulas(shape: tuple[int, int]) -> No
         *inside,
         handing_round,
     ]
+
+
+def test_no_message_crosses_where_no_document_does() -> None:
+    """Two documents of two ranks each: one state moves within each, whatever the exchange."""
+    shape, state = (K, 1), 8 * 2 * K * V
+    for exchange in (allscan, partial(twolevel, nodes=[0, 1, 2, 3])):
+        moved = traffic(exchange, 4, shape, [0, 2, 4])
+        assert [t.bytes_sent for t in moved] == [state, 0, state, 0]
+    moved = traffic(doubling, 4, shape, [0, 2, 4])
+    packed = state + 8 * 2 * K
+    assert [(t.calls, t.bytes_sent) for t in moved] == [(1, packed), (1, 0), (1, packed), (1, 0)]
 
 
 def test_auto_takes_what_keeps_a_rank_waiting_least() -> None:

@@ -131,7 +131,8 @@ def test_uneven_shards_and_halos_over_more_than_one_rank(packed: bool) -> None:
     sizes = [40, 2, 3, TOKENS - 45]
     layout = seqpar.Layout(TOKENS, 4, cu_seqlens=PACKED if packed else None, shard_sizes=sizes)
     batch = 1 if packed else 2
-    for case in (softmax_case(batch, True), conv_case(batch, 8)):
+    softmax = [softmax_case(batch, True, method) for method in METHODS]
+    for case in (*softmax, conv_case(batch, 8)):
         check(case, layout, torch.float64, 1e-10)
 
 
