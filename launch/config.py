@@ -51,6 +51,9 @@ class ParallelSection:
     layout: Literal["contiguous", "zigzag"] = "contiguous"
     exchange: str = "auto"  # how memory states cross ranks
     softmax: str = "auto"  # how keys and values of softmax layers cross ranks
+    # whether "auto" reckons with links measured at the start, not with those usual for GPUs; a
+    # resumed run may then choose differently, and equal its predecessor only up to rounding
+    measure_links: bool = False
 
 
 @dataclass

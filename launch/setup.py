@@ -15,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 
 from seqpar.comm import Communicator
+from seqpar.cost import Links, measure
 from seqpar.launch.checks import Sizes
 from seqpar.launch.config import Config
 from seqpar.launch.ranks import device_of_this_rank
@@ -28,7 +29,8 @@ class Run:
     """One rank's part of a training run.
 
     control: communicator of all ranks, on the host. sequence: of the ranks that share a sequence;
-    its traffic is what layers exchange. model: Megatron's DDP around the language model.
+    its traffic is what layers exchange; links: what their exchanges are chosen by, the usual if
+    None. model: Megatron's DDP around the language model.
     """
 
     config: Config
@@ -36,6 +38,7 @@ class Run:
     groups: ProcessGroupCollection
     control: Communicator
     sequence: Communicator
+    links: Links | None
     device: torch.device
     model: DistributedDataParallel
     optimizer: MegatronOptimizer
@@ -96,12 +99,14 @@ def build(config: Config, sizes: Sizes, control: Communicator) -> Run:
     )
     model_config.finalize_model_grads_func = finalize_model_grads
     model_config.grad_scale_func = optimizer.scale_loss
+    sequence = Communicator(groups.cp)
     return Run(
         config,
         sizes,
         groups,
         control,
-        Communicator(groups.cp),
+        sequence,
+        measure(sequence, device) if config.parallel.measure_links else None,
         device,
         model,
         optimizer,

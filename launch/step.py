@@ -93,7 +93,12 @@ def _batch(run: Run, stream: PackedStream, index: int) -> Batch:
         stream.cu_seqlens(index),
     )
     shard = stream.read(index, layout, run.sequence.rank)
-    sp = SequenceParallel(layout=layout, exchange=run.config.parallel.exchange, comm=run.sequence)
+    sp = SequenceParallel(
+        layout=layout,
+        exchange=run.config.parallel.exchange,
+        comm=run.sequence,
+        links=run.links,
+    )
     return Batch(
         shard.tokens.to(run.device),
         shard.labels.to(run.device),

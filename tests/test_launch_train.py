@@ -31,7 +31,7 @@ def alone(config: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 PARALLEL = {
     "cp2": (2, ["parallel.context=2"]),
     "cp2 zigzag": (2, ["parallel.layout=zigzag"]),
-    "cp4": (4, ["parallel.context=4"]),
+    "cp4": (4, ["parallel.context=4", "parallel.measure_links=true"]),
     "dp2": (2, ["parallel.context=1"]),
     "cp2 dp2": (4, ["parallel.context=2"]),
 }  # other kinds of parallelism draw other first weights, see test_checkpoint.py
