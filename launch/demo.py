@@ -6,12 +6,14 @@ in `python -m seqpar.launch.demo train.steps=20`.
 
 import logging
 import os
-import subprocess
 import sys
 import sysconfig
 import warnings
 from itertools import count
 from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args, run
 
 from seqpar.launch.config import load_config
 from seqpar.launch.prepare import prepare
@@ -47,11 +49,12 @@ def main() -> None:
     words = sys.argv[1:]
     if not any(word.startswith(("log.folder=", "checkpoint.resume=")) for word in words):
         words.append(f"log.folder={_unused(config.log.folder)}")
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    train = ["seqpar.launch.train", os.path.relpath(path), *words]
-    one_thread_a_rank = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", *torchrun, "-m", *train]
-    sys.exit(subprocess.run(command, env=one_thread_a_rank, check=False).returncode)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a rank a core
+    torchrun = ["--standalone", "--nproc-per-node", str(RANKS), "-m", "seqpar.launch.train"]
+    try:
+        run(parse_args([*torchrun, os.path.relpath(path), *words]))
+    except ChildFailedError:
+        sys.exit(1)  # the ranks have said why
 
 
 def _unused(folder: str) -> str:
