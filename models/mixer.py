@@ -5,6 +5,7 @@ counts the tokens of this rank's shard of the sequence (all of them, also where 
 parallelism cuts the hidden states once more between the projections).
 """
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from seqpar.models.config import check_divides
 from seqpar.models.sequence import SequenceParallelParams
 
 
-class SequenceMixer(MegatronModule):
+class SequenceMixer(MegatronModule, ABC):
     """Base of the modules for the `self_attention` slot of a Megatron layer.
 
     A subclass builds what it needs beside `in_proj` and `out_proj` and implements `mix`.
@@ -79,6 +80,7 @@ class SequenceMixer(MegatronModule):
             tp_group=self.tp_group,
         )
 
+    @abstractmethod
     def mix(self, x: Tensor, hidden_states: Tensor, params: SequenceParallelParams) -> Tensor:
         """The layer between its projections.
 
@@ -91,7 +93,6 @@ class SequenceMixer(MegatronModule):
         Returns:
             [b, s, local heads, out_width].
         """
-        raise NotImplementedError
 
     def forward(
         self,
