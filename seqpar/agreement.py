@@ -68,11 +68,12 @@ class Agreement:
         if self._store.add(f"{key} arrived", 1) == self._size:
             self._store.set(f"{key} complete", "yes")
             self._forget(self._last_key)  # nobody looks at it any more
-        deadline = time.monotonic() + self._timeout.total_seconds()
+        deadline, pause = time.monotonic() + self._timeout.total_seconds(), 0.0005
         while not self._store.check([f"{key} complete"]):
             if time.monotonic() > deadline or self._store.check(["failed"]):
                 raise self.failure(None)
-            time.sleep(0.0005)
+            time.sleep(pause)
+            pause = min(2 * pause, 0.02)  # many ranks share one store
         self._last_key = key
         if len(self._agreed) > REMEMBERED:  # on all ranks alike
             self._agreed.clear()
