@@ -53,13 +53,11 @@ class Family:
         """The map S_out = A S_in + B of each segment: A [B, N, H, ...] as in transition.py, B."""
         chunks = _Chunks(spans, k)
         A, B = self.state_maps(chunks.pad(k), chunks.pad(v), [chunks.pad(x) for x in gates])
-        steps = iter(chunks.steps())
-        _, first = next(steps)
-        total, state = A[:, first], B[:, first]
-        for segments, step in steps:
+        steps = chunks.steps()
+        total = A[:, steps[0][1]]
+        for segments, step in steps[1:]:
             total[:, segments] = self.transition.product(A[:, step], total[:, segments])
-            state[:, segments] = self.transition.apply(A[:, step], state[:, segments]) + B[:, step]
-        return total, state
+        return total, self._fold(A, B, steps)
 
     def run(
         self,
@@ -95,14 +93,7 @@ class Family:
         A, _, Q, _ = self._maps(chunks, q, k, v, gates, scale)
         back = self.transition.adjoint(A)
         pull = Q.mT @ chunks.pad(do)
-        steps = iter(chunks.steps_back())
-        _, first = next(steps)
-        state = pull[:, first]
-        for segments, step in steps:
-            state[:, segments] = (
-                self.transition.apply(back[:, step], state[:, segments]) + pull[:, step]
-            )
-        return state
+        return self._fold(back, pull, chunks.steps_back())
 
     def run_backward(
         self,
@@ -146,6 +137,13 @@ class Family:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         q, k, v, *gates = (chunks.pad(x) for x in (q, k, v, *gates))
         return self.maps(q * scale, k, v, gates)
+
+    def _fold(self, A: Tensor, B: Tensor, steps: Steps) -> Tensor:
+        """The state [B, N, H, K, V] that leaves each segment when none enters it."""
+        state = B[:, steps[0][1]]
+        for segments, step in steps[1:]:
+            state[:, segments] = self.transition.apply(A[:, step], state[:, segments]) + B[:, step]
+        return state
 
     def _scan(self, A: Tensor, B: Tensor, entering: Tensor, steps: Steps) -> Tensor:
         """The state [B, n, H, K, V] that enters each chunk, in the direction of `steps`."""

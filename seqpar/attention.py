@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from seqpar.checks import check_qkv
 from seqpar.context import SequenceParallel
 from seqpar.kernels.delta import DELTA
 from seqpar.kernels.dplr import DPLR
@@ -41,7 +42,7 @@ def linear_attention(
     Raises:
         ValueError: shapes or dtypes that do not fit each other or the layout.
     """
-    _check_qkv(q, k, v, sp)
+    _check(q, k, v, sp)
     gates = [] if log_decay is None else [_check_decay(log_decay, k, v, constant=True)]
     q, k = _spread(q, v), _spread(k, v)
     family = DECAYED_LINEAR if gates else LINEAR
@@ -77,7 +78,7 @@ def delta_attention(
     Raises:
         ValueError: shapes or dtypes that do not fit each other or the layout.
     """
-    _check_qkv(q, k, v, sp)
+    _check(q, k, v, sp)
     if beta.shape != v.shape[:3]:
         raise ValueError(f"beta is {_shape(beta)}, it must be [B, T, HV] = {_shape(v[..., 0])}")
     _check_floating("beta", beta)
@@ -113,7 +114,7 @@ def dplr_attention(
     Raises:
         ValueError: shapes or dtypes that do not fit each other or the layout.
     """
-    _check_qkv(q, k, v, sp)
+    _check(q, k, v, sp)
     wanted = [*v.shape[:3], k.shape[-1]]
     for name, x in (("a", a), ("b", b), ("log_decay", log_decay)):
         if list(x.shape) != wanted:
@@ -123,17 +124,8 @@ def dplr_attention(
     return recurrence("dplr_attention", DPLR, q, k, v, [a, b, log_decay], _scale(scale, q), sp)
 
 
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor, sp: SequenceParallel | None) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise ValueError(f"{name} is {_shape(x)}, it must be [batch, tokens, heads, dim]")
-        _check_floating(name, x)
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}, q on {q.device}: they must share a device")
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name} is {x.dtype}, q is {q.dtype}: they must share a dtype")
-        if min(x.shape) < 1:
-            raise ValueError(f"{name} is {_shape(x)}: no dimension may be empty")
+def _check(q: Tensor, k: Tensor, v: Tensor, sp: SequenceParallel | None) -> None:
+    check_qkv(q, k, v)
     if k.shape != q.shape:
         raise ValueError(f"k is {_shape(k)}, it must have q's shape {_shape(q)}")
     if v.shape[:2] != q.shape[:2]:

@@ -8,7 +8,7 @@ backward pass is the same call with A transposed and `chain.backwards`.
 What each one sends, how long it takes, and when it is chosen: docs/exchanges.md.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby, zip_longest
 from typing import Any
 
@@ -88,7 +88,7 @@ def allscan(
                     else:
                         sending.append(_send(comm, out, target))
             entering[slot] = torch.cat(arrived, -1) if arrived else None
-        _finish(sending)
+        _finish(work for work, _ in sending)
         return entering
 
     return comm.background(work, B.device, KIND)
@@ -120,7 +120,7 @@ def doubling(
                 [(outs[i], chain.owner(i - distance)) for i in wanted if i not in local],
                 KIND,
             )
-            _finish([(work, None) for work in works])
+            _finish(works)
             for i in wanted:
                 got_A, got_B = _unpack(local.get(i, outs[i])[None], A, B)
                 first = got_A[0], got_B[0]
@@ -185,7 +185,7 @@ def twolevel(
             if arrived is not None:
                 neighbours = sorted({chain.owner(i) for i in fed} - {comm.rank})
                 sending += [_send(comm, arrived, neighbour) for neighbour in neighbours]
-        _finish(sending)
+        _finish(work for work, _ in sending)
         return _by_slot(len(B), entering)
 
     return comm.background(work, B.device, KIND)
@@ -216,7 +216,7 @@ def _share(
             elif comm.rank in needing:
                 receives.append((i, B.new_empty(A[0].numel() + B[0].numel())))
     works = comm.send_receive(sends, [(out, chain.owner(i)) for i, out in receives], KIND)
-    _finish([(work, None) for work in works])
+    _finish(works)
     for i, out in receives:
         got_A, got_B = _unpack(out[None], A, B)
         summaries[i] = got_A[0], got_B[0]
@@ -253,8 +253,8 @@ def _receive(comm: Communicator, like: Tensor, source: int) -> Tensor:
     return out
 
 
-def _finish(sending: list[tuple[Any, Any]]) -> None:
-    for work, _ in sending:
+def _finish(works: Iterable[Any]) -> None:
+    for work in works:
         work.wait()
 
 

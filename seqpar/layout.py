@@ -89,6 +89,7 @@ class Layout:
         self.cu_seqlens = None if cu_seqlens is None else _boundaries(cu_seqlens, total_tokens)
         self.shard_sizes = self._shard_sizes(shard_sizes)
         self._segments: dict[int, list[list[Segment]]] = {}
+        self._positions: dict[int, Tensor] = {}
 
     def __repr__(self) -> str:
         documents = len(self.documents) - 1
@@ -155,13 +156,14 @@ class Layout:
 
     def positions(self, rank: int) -> Tensor:
         """The position of each local token within its document, int64 [local_tokens]."""
-        return torch.cat(
-            [
+        if rank not in self._positions:
+            runs = [
                 torch.arange(segment.start - segment.document, segment.stop - segment.document)
                 for segments in self.segments(rank)
                 for segment in segments
             ]
-        )
+            self._positions[rank] = torch.cat(runs)
+        return self._positions[rank]
 
     def shard(self, x: Tensor, rank: int, dim: int = 1) -> Tensor:
         """The part of `rank` of a global tensor: tokens along `dim`, in the rank's order."""

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from seqpar.blocks import attend
+from seqpar.checks import check_qkv
 from seqpar.context import SequenceParallel
 from seqpar.cost import choose_softmax
 from seqpar.fetch import Ranges, fetch
@@ -56,15 +57,14 @@ def softmax_attention(
     if method == "ulysses":
         return ulysses(q, k, v, causal, scale, sp)
     layout = sp.layout
-    if method == "ring":
-        segments = [s for found in layout.segments(sp.rank) for s in found]
-        return attend(q, k, v, segments, causal, scale, Ring(sp))
-    held = _traded(layout) if causal else layout.ranges
+    source = Ring(sp) if method == "ring" else Gather(sp)
+    held = _traded(layout) if causal and method == "allgather" else layout.ranges
     segments = [s for found in layout.cut(held(sp.rank)) for s in found]
-    if held != layout.ranges:
-        q = fetch(q, layout.ranges, held, sp.comm, kind="queries")
-    o = attend(q, k, v, segments, causal, scale, Gather(sp))
-    return o if held == layout.ranges else fetch(o, held, layout.ranges, sp.comm, kind="queries")
+    if held == layout.ranges:
+        return attend(q, k, v, segments, causal, scale, source)
+    q = fetch(q, layout.ranges, held, sp.comm, kind="queries")
+    o = attend(q, k, v, segments, causal, scale, source)
+    return fetch(o, held, layout.ranges, sp.comm, kind="queries")
 
 
 def _traded(layout: Layout) -> Ranges:
@@ -87,15 +87,7 @@ def _traded(layout: Layout) -> Ranges:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, method: str, sp: SequenceParallel | None) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4 or min(x.shape) < 1:
-            raise ValueError(
-                f"{name} is {list(x.shape)}, it must be [batch, tokens, heads, dim], none empty"
-            )
-        if not x.is_floating_point() or x.dtype != q.dtype:
-            raise ValueError(f"{name} is {x.dtype}: q, k and v must share one floating dtype")
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}, q on {q.device}: they must share a device")
+    check_qkv(q, k, v)
     if q.is_cuda and q.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"q is {q.dtype}: on a GPU it must be torch.bfloat16 or torch.float16")
     if v.shape != k.shape:
