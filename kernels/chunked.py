@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from seqpar.kernels.pieces import Late, Pieces
 from seqpar.kernels.transition import Transition
 
 CHUNK = 64
@@ -28,36 +29,55 @@ CHUNK = 64
 StateMaps = Callable[[Tensor, Tensor, Sequence[Tensor]], tuple[Tensor, Tensor]]
 # q, k, v, gates -> A, B, Q, O
 Maps = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor]], tuple[Tensor, Tensor, Tensor, Tensor]]
-# hands over a state [B, N, H, K, V] when it is first needed
-Late = Callable[[], Tensor]
 Spans = Sequence[tuple[int, int]]
 Steps = list[tuple[list[int], list[int]]]
 
 
 @dataclass(frozen=True)
-class Family:
-    """The four functions of one family of recurrences, over tensors [B, T, H, D] on one device.
-
-    gates are [B, T, H, D'] each; scale multiplies q. spans are N token ranges [start, stop), the
-    segments, which are worked on side by side. States are [B, N, H, K, V] in fp32, or fp64 for
-    fp64 inputs.
-    """
+class Chunked:
+    """A family in plain PyTorch, for any device and dtype (implements `family.Family`)."""
 
     transition: Transition
     state_maps: StateMaps
     maps: Maps
 
+    def piece_tokens(self, k: Tensor, v: Tensor) -> int | None:
+        return None
+
     def summarize(
-        self, k: Tensor, v: Tensor, gates: Sequence[Tensor], spans: Spans
+        self, k: Tensor, v: Tensor, gates: Sequence[Tensor], pieces: Pieces
     ) -> tuple[Tensor, Tensor]:
-        """The map S_out = A S_in + B of each segment: A [B, N, H, ...] as in transition.py, B."""
-        chunks = _Chunks(spans, k)
+        chunks = _Chunks([pieces.spans[i] for i in pieces.left], k)
+        k = spread(k, v)
         A, B = self.state_maps(chunks.pad(k), chunks.pad(v), [chunks.pad(x) for x in gates])
-        steps = chunks.steps()
-        total = A[:, steps[0][1]]
-        for segments, step in steps[1:]:
-            total[:, segments] = self.transition.product(A[:, step], total[:, segments])
-        return total, self._fold(A, B, steps)
+        return self._fold(A, B, chunks.steps())
+
+    def scan(
+        self,
+        A: Tensor,
+        B: Tensor,
+        pieces: Pieces,
+        arriving: Tensor,
+        states: Tensor | None,
+        *,
+        backwards: bool,
+    ) -> Tensor:
+        leaving = torch.zeros_like(arriving)
+        for run in pieces.backward if backwards else pieces.forward:
+            state = B.new_zeros(B.shape[0], *B.shape[2:])
+            if run.source is not None:
+                state = arriving[:, run.source]
+            slots = iter(run.slots)
+            if states is not None and run.source is not None:
+                states[:, next(slots)] = state
+            for i in run.summaries:
+                state = self.transition.apply(A[:, i], state) + B[:, i]
+                slot = next(slots, None)
+                if states is not None and slot is not None:
+                    states[:, slot] = state
+            if run.target is not None:
+                leaving[:, run.target] = state
+        return leaving
 
     def run(
         self,
@@ -66,16 +86,13 @@ class Family:
         v: Tensor,
         gates: Sequence[Tensor],
         scale: float,
-        spans: Spans,
+        pieces: Pieces,
         entering: Late,
     ) -> Tensor:
-        """o [B, T, H, V] given the state that enters each segment, asked for late.
-
-        The segments must cover all tokens, in order.
-        """
-        chunks = _Chunks(spans, k)
-        A, B, Q, own = self._maps(chunks, q, k, v, gates, scale)
-        states = self._scan(A, B, entering(), chunks.steps())
+        chunks = _Chunks(pieces.spans, k)
+        A, B, Q, own = self._maps(chunks, spread(q, v), spread(k, v), v, gates, scale)
+        start = _to_all(entering(), pieces.entered, pieces)
+        states = self._scan(A, B, start, chunks.steps())
         return chunks.join(own + Q @ states).to(v.dtype)
 
     def summarize_backward(
@@ -85,15 +102,12 @@ class Family:
         v: Tensor,
         gates: Sequence[Tensor],
         scale: float,
-        spans: Spans,
+        pieces: Pieces,
         do: Tensor,
-    ) -> Tensor:
-        """The gradient that each segment's own outputs send to the state entering it."""
-        chunks = _Chunks(spans, k)
-        A, _, Q, _ = self._maps(chunks, q, k, v, gates, scale)
-        back = self.transition.adjoint(A)
-        pull = Q.mT @ chunks.pad(do)
-        return self._fold(back, pull, chunks.steps_back())
+    ) -> tuple[Tensor, Tensor]:
+        chunks = _Chunks([pieces.spans[i] for i in pieces.entered], k)
+        A, _, Q, _ = self._maps(chunks, spread(q, v), spread(k, v), v, gates, scale)
+        return self._fold(self.transition.adjoint(A), Q.mT @ chunks.pad(do), chunks.steps_back())
 
     def run_backward(
         self,
@@ -102,25 +116,23 @@ class Family:
         v: Tensor,
         gates: Sequence[Tensor],
         scale: float,
-        spans: Spans,
+        pieces: Pieces,
         entering: Tensor,
         do: Tensor,
         leaving: Late,
-    ) -> list[Tensor]:
-        """Gradients of q, k, v and each gate.
-
-        entering: the states that entered the segments; do [B, T, H, V]; leaving: hands over the
-        gradients of the states that left them, when needed.
-        """
-        chunks = _Chunks(spans, k)
+        wanted: Sequence[bool],
+    ) -> list[Tensor | None]:
+        chunks = _Chunks(pieces.spans, k)
         inputs = [x.detach().requires_grad_() for x in (q, k, v, *gates)]
         with torch.enable_grad():
-            maps = self._maps(chunks, inputs[0], inputs[1], inputs[2], inputs[3:], scale)
+            wide_q, wide_k = (spread(x, v) for x in inputs[:2])
+            maps = self._maps(chunks, wide_q, wide_k, inputs[2], inputs[3:], scale)
         A, B, Q, _ = (x.detach() for x in maps)
         do = chunks.pad(do)
-        states = self._scan(A, B, entering, chunks.steps())
+        states = self._scan(A, B, _to_all(entering, pieces.entered, pieces), chunks.steps())
         back = self.transition.adjoint(A)
-        adjoints = self._scan(back, Q.mT @ do, leaving(), chunks.steps_back())
+        ends = _to_all(leaving(), pieces.left, pieces)
+        adjoints = self._scan(back, Q.mT @ do, ends, chunks.steps_back())
         dA = self.transition.gradient(A, adjoints, states)
         gradients = zip(maps, (dA, adjoints, do @ states.mT, do), strict=True)
         kept = [(y, dy) for y, dy in gradients if y.requires_grad]  # the identity's A does not
@@ -138,12 +150,13 @@ class Family:
         q, k, v, *gates = (chunks.pad(x) for x in (q, k, v, *gates))
         return self.maps(q * scale, k, v, gates)
 
-    def _fold(self, A: Tensor, B: Tensor, steps: Steps) -> Tensor:
-        """The state [B, N, H, K, V] that leaves each segment when none enters it."""
-        state = B[:, steps[0][1]]
+    def _fold(self, A: Tensor, B: Tensor, steps: Steps) -> tuple[Tensor, Tensor]:
+        """The map of each segment from those of its chunks: A [B, N, H, ...], B [B, N, H, K, V]."""
+        total, state = A[:, steps[0][1]], B[:, steps[0][1]]
         for segments, step in steps[1:]:
+            total[:, segments] = self.transition.product(A[:, step], total[:, segments])
             state[:, segments] = self.transition.apply(A[:, step], state[:, segments]) + B[:, step]
-        return state
+        return total, state
 
     def _scan(self, A: Tensor, B: Tensor, entering: Tensor, steps: Steps) -> Tensor:
         """The state [B, n, H, K, V] that enters each chunk, in the direction of `steps`."""
@@ -196,6 +209,19 @@ class _Chunks:
 
     def _each(self) -> Iterable[tuple[int, int, int]]:
         return zip(range(len(self._counts)), self._firsts, self._counts, strict=True)
+
+
+def spread(x: Tensor, v: Tensor) -> Tensor:
+    """x [B, T, H, K] with each head repeated for its group of v's heads."""
+    group = v.shape[2] // x.shape[2]
+    return x if group == 1 else torch.repeat_interleave(x, group, 2)
+
+
+def _to_all(states: Tensor, which: Sequence[int], pieces: Pieces) -> Tensor:
+    """States of some pieces as [B, N, H, K, V] over all, zero for the others."""
+    out = states.new_zeros(states.shape[0], len(pieces.spans), *states.shape[2:])
+    out[:, which] = states
+    return out
 
 
 def _pairs(pairs: Iterable[tuple[int, int]]) -> tuple[list[int], list[int]]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from seqpar.kernels.chunked import Family
+from seqpar.kernels.chunked import Chunked
 from seqpar.kernels.scores import decayed_scores
 from seqpar.kernels.transition import Dense
 
@@ -48,5 +48,5 @@ def _solve(k: Tensor, v: Tensor, gates: Sequence[Tensor]) -> tuple[Tensor, Tenso
     return decay * identity - to_end.mT @ W, to_end.mT @ U, U, W
 
 
-DELTA = Family(Dense(), _state_maps, _maps)
+DELTA = Chunked(Dense(), _state_maps, _maps)
 """Gates beta [B, T, H, 1] and, if there is one, log_decay [B, T, H, 1 or K]."""

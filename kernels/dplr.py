@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from seqpar.kernels.chunked import Family
+from seqpar.kernels.chunked import Chunked
 from seqpar.kernels.scores import decayed_scores
 from seqpar.kernels.transition import Dense
 
@@ -55,5 +55,5 @@ def _earlier_scores(a: Tensor, y: Tensor, total: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(scores[..., :1, :]), scores[..., :-1, :]], -2)
 
 
-DPLR = Family(Dense(), _state_maps, _maps)
+DPLR = Chunked(Dense(), _state_maps, _maps)
 """Gates a, b, log_decay, each [B, T, H, K]."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from seqpar.kernels.chunked import Family
+from seqpar.kernels.chunked import Chunked
 from seqpar.kernels.scores import decayed_scores
 from seqpar.kernels.transition import Decay, Identity
 
@@ -34,8 +34,8 @@ def _plain_maps(
     return A, B, q, decayed_scores(q, k, None) @ v
 
 
-LINEAR = Family(Identity(), _plain_state_maps, _plain_maps)
+LINEAR = Chunked(Identity(), _plain_state_maps, _plain_maps)
 """No gate: S_t = S_{t-1} + k_t v_tᵀ."""
 
-DECAYED_LINEAR = Family(Decay(), _state_maps, _maps)
+DECAYED_LINEAR = Chunked(Decay(), _state_maps, _maps)
 """One gate, log_decay [B, T, H, 1 or K]: S_t = exp(log_decay_t) S_{t-1} + k_t v_tᵀ."""

@@ -20,6 +20,9 @@ class Transition(Protocol):
     def product(self, A2: Tensor, A1: Tensor) -> Tensor:
         """A2 A1."""
 
+    def total(self, A: Tensor, order: range) -> Tensor:
+        """The product of A [B, N, ...] over places of its second dimension, the last leftmost."""
+
     def adjoint(self, A: Tensor) -> Tensor:
         """Aᵀ."""
 
@@ -35,6 +38,9 @@ class Identity:
 
     def product(self, A2: Tensor, A1: Tensor) -> Tensor:
         return A1
+
+    def total(self, A: Tensor, order: range) -> Tensor:
+        return A[:, order[0]]
 
     def adjoint(self, A: Tensor) -> Tensor:
         return A
@@ -52,6 +58,9 @@ class Decay:
     def product(self, A2: Tensor, A1: Tensor) -> Tensor:
         return A2 * A1
 
+    def total(self, A: Tensor, order: range) -> Tensor:
+        return A[:, list(order)].prod(1)
+
     def adjoint(self, A: Tensor) -> Tensor:
         return A
 
@@ -67,6 +76,12 @@ class Dense:
 
     def product(self, A2: Tensor, A1: Tensor) -> Tensor:
         return A2 @ A1
+
+    def total(self, A: Tensor, order: range) -> Tensor:
+        product = A[:, order[0]]
+        for i in order[1:]:
+            product = A[:, i] @ product
+        return product
 
     def adjoint(self, A: Tensor) -> Tensor:
         return A.mT

@@ -1,13 +1,12 @@
 """The public linear recurrences: boundary checks, then one call into the shared scan."""
 
-import torch
 from torch import Tensor
 
 from seqpar.checks import check_qkv
 from seqpar.context import SequenceParallel
+from seqpar.kernels.choose import choose_linear
 from seqpar.kernels.delta import DELTA
 from seqpar.kernels.dplr import DPLR
-from seqpar.kernels.linear import DECAYED_LINEAR, LINEAR
 from seqpar.recurrence import recurrence
 
 
@@ -44,9 +43,9 @@ def linear_attention(
     """
     _check(q, k, v, sp)
     gates = [] if log_decay is None else [_check_decay(log_decay, k, v, constant=True)]
-    q, k = _spread(q, v), _spread(k, v)
-    family = DECAYED_LINEAR if gates else LINEAR
-    return recurrence("linear_attention", family, q, k, v, gates, _scale(scale, q), sp)
+    return recurrence(
+        "linear_attention", choose_linear(k, v, gates), q, k, v, gates, _scale(scale, q), sp
+    )
 
 
 def delta_attention(
@@ -85,7 +84,6 @@ def delta_attention(
     gates = [beta[..., None]]
     if log_decay is not None:
         gates.append(_check_decay(log_decay, k, v, constant=False))
-    q, k = _spread(q, v), _spread(k, v)
     return recurrence("delta_attention", DELTA, q, k, v, gates, _scale(scale, q), sp)
 
 
@@ -120,7 +118,6 @@ def dplr_attention(
         if list(x.shape) != wanted:
             raise ValueError(f"{name} is {_shape(x)}, it must be [B, T, HV, K] = {wanted}")
         _check_floating(name, x)
-    q, k = _spread(q, v), _spread(k, v)
     return recurrence("dplr_attention", DPLR, q, k, v, [a, b, log_decay], _scale(scale, q), sp)
 
 
@@ -163,12 +160,6 @@ def _check_floating(name: str, x: Tensor) -> None:
 
 def _shape(x: Tensor) -> list[int]:
     return list(x.shape)
-
-
-def _spread(x: Tensor, v: Tensor) -> Tensor:
-    """x [B, T, H, K] with each head repeated for its group of v's heads."""
-    group = v.shape[2] // x.shape[2]
-    return x if group == 1 else torch.repeat_interleave(x, group, 2)
 
 
 def _scale(scale: float | None, q: Tensor) -> float:

@@ -1,11 +1,14 @@
 """What a layer needs to know to work on one shard of a sequence: group, layout, exchange."""
 
+from itertools import accumulate, pairwise
+
 import torch.distributed as dist
 from torch import Tensor
 
 from seqpar.comm import Communicator
 from seqpar.cost import Choice, Links, choose, nodes_of
 from seqpar.exchange import EXCHANGES
+from seqpar.kernels.pieces import Pieces
 from seqpar.layout import Layout
 
 
@@ -19,8 +22,8 @@ class SequenceParallel:
         exchange: how memory states cross ranks: "auto", or a name in `seqpar.exchange.EXCHANGES`.
         comm: a communicator to go on counting with, instead of a new one for `group`.
         links: what "auto" reckons with (`seqpar.cost.measure`, or given, alike on all ranks).
-        segment_tokens: cut longer runs of one rank into segments of at most so many tokens, which
-            linear layers summarise side by side; None leaves them whole.
+        segment_tokens: cut longer runs of one rank into pieces of at most so many tokens, which
+            linear layers work on side by side; None leaves it to the kernels.
 
     Attributes: layout, exchange, links; comm, the counted communicator; rank, in the group.
 
@@ -63,7 +66,30 @@ class SequenceParallel:
             raise ValueError(f"segment_tokens={segment_tokens} must be None or from 1; nearest: 1")
         self.segment_tokens = segment_tokens
         self._reached = False
+        self._pieces: dict[int | None, Pieces] = {}
         self._choices: dict[tuple[int, int, float], Choice] = {}
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether any rank hands a state to another."""
+        return any(self.layout.chain.linked)
+
+    def pieces(self, limit: int | None) -> Pieces:
+        """This rank's segments, cut to at most `limit` tokens."""
+        if limit not in self._pieces:
+            ranges = [
+                [piece for segment in segments for piece in segment.split(limit)]
+                for segments in self.layout.segments(self.rank)
+            ]
+            flat = [piece for found in ranges for piece in found]
+            ends = list(accumulate(map(len, ranges), initial=0))
+            self._pieces[limit] = Pieces(
+                [(piece.local.start, piece.local.stop) for piece in flat],
+                [piece.continues for piece in flat],
+                [piece.continued for piece in flat],
+                list(pairwise(ends)),
+            )
+        return self._pieces[limit]
 
     def choice(self, A_bytes: int, B_bytes: int, work: float = 0.0) -> Choice:
         """The exchange for summaries (A, B) of these sizes; print it to see why.

@@ -40,10 +40,16 @@ class Segment:
         return self.stop < self.document_stop
 
     def split(self, limit: int | None) -> list["Segment"]:
-        """Segments of at most `limit` tokens, nearly equal, that make up this one."""
+        """Segments of at most `limit` tokens that make up this one.
+
+        Cut at multiples of 64 tokens, the kernels' chunks, where the limit allows.
+        """
         length = self.stop - self.start
         count = 1 if limit is None else -(-length // limit)
-        cuts = [length * i // count for i in range(count + 1)]
+        step = -(-length // count)
+        if limit is not None and limit >= 64:
+            step = min(-(-step // 64) * 64, limit)
+        cuts = [*range(0, length, step), length]
         return [
             replace(self, start=self.start + a, stop=self.start + b, offset=self.offset + a)
             for a, b in pairwise(cuts)

@@ -4,6 +4,7 @@ The scan of states runs at three levels, the same algebra at each: chunks within
 kernels), segments within a rank (here), ranks (the exchange).
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from seqpar.context import SequenceParallel
-from seqpar.exchange import EXCHANGES, through
-from seqpar.kernels.chunked import CHUNK, Family, Late
-from seqpar.kernels.transition import Transition
+from seqpar.exchange import EXCHANGES
+from seqpar.kernels.chunked import CHUNK
+from seqpar.kernels.family import Family
+from seqpar.kernels.pieces import Late, Pieces
 from seqpar.layout import Layout
 
 
@@ -27,13 +29,17 @@ def recurrence(
     scale: float,
     sp: SequenceParallel | None,
 ) -> Tensor:
-    """o [B, T, H, V] of this rank's tokens, for q, k [B, T, H, K], v, and gates [B, T, H, D].
+    """o [B, T, HV, V] of this rank's tokens, for q, k [B, T, H, K], v, and gates [B, T, HV, D].
 
     name: the public function's, for messages.
     """
-    if sp is None:
-        sp = SequenceParallel(layout=Layout(q.shape[1], 1))
-    return _Recurrence.apply(name, family, sp, scale, q, k, v, *gates)
+    return _Recurrence.apply(name, family, sp or _alone(q.shape[1]), scale, q, k, v, *gates)
+
+
+@lru_cache(64)
+def _alone(tokens: int) -> SequenceParallel:
+    """One rank with whole sequences; kept, for it holds what kernels look up."""
+    return SequenceParallel(layout=Layout(tokens, 1))
 
 
 class _Recurrence(torch.autograd.Function):
@@ -55,118 +61,83 @@ class _Recurrence(torch.autograd.Function):
         v: Tensor,
         *gates: Tensor,
     ) -> Tensor:
-        own = _Segments(sp)
-        precise = torch.float64 if k.dtype == torch.float64 else torch.float32
-        states = k.new_zeros(k.shape[0], len(own.spans), *k.shape[2:], v.shape[-1], dtype=precise)
-        A, entering = k.new_zeros(0), _nothing(states)
-        if own.exchanged:
+        pieces = sp.pieces(sp.segment_tokens or family.piece_tokens(k, v))
+        states = _states(k, v, len(pieces.entered))
+        if sp.exchanges:
             sp.enter(name, q=q, v=v)
-        if own.linked:
-            found = family.summarize(k, v, gates, [own.spans[i] for i in own.continued])
-            A, B = (_spread(x, own.continued, len(own.spans)) for x in found)
-            entering = own.scan(family.transition, A, B, states, backwards=False)
-        o = family.run(q, k, v, gates, scale, own.spans, entering)
-        ctx.save_for_backward(q, k, v, A, states, *gates)  # the states are filled by now
-        ctx.plan = name, family, sp, own, scale
+        entering = _ready(states)
+        if pieces.left or sp.exchanges:
+            A, B = family.summarize(k, v, gates, pieces)
+            entering = _scan(family, sp, pieces, A, B, states, backwards=False)
+        o = family.run(q, k, v, gates, scale, pieces, entering)
+        ctx.save_for_backward(q, k, v, states, *gates)  # the states are filled by now
+        ctx.plan = name, family, sp, pieces, scale
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, A, entering, *gates = ctx.saved_tensors
-        name, family, sp, own, scale = ctx.plan
-        do, adjoints = do.contiguous(), torch.zeros_like(entering)
-        leaving = _nothing(adjoints)
-        if own.exchanged:
+        q, k, v, entering, *gates = ctx.saved_tensors
+        name, family, sp, pieces, scale = ctx.plan
+        do, adjoints = do.contiguous(), _states(k, v, len(pieces.left))
+        leaving = _ready(adjoints)
+        if sp.exchanges:
             sp.enter(f"backward of {name}", q=q, v=v)
-        if own.linked:
-            spans = [own.spans[i] for i in own.continues]
-            pulled = family.summarize_backward(q, k, v, gates, scale, spans, do)
-            back = family.transition.adjoint(A)
-            dS = _spread(pulled, own.continues, len(own.spans))
-            leaving = own.scan(family.transition, back, dS, adjoints, backwards=True)
-        gradients = family.run_backward(q, k, v, gates, scale, own.spans, entering, do, leaving)
-        return None, None, None, None, *gradients
+        if pieces.entered or sp.exchanges:
+            A, dB = family.summarize_backward(q, k, v, gates, scale, pieces, do)
+            leaving = _scan(family, sp, pieces, A, dB, adjoints, backwards=True)
+        wanted = ctx.needs_input_grad[-len(gates) :] if gates else ()
+        inputs = q, k, v, gates, scale, pieces, entering, do, leaving, wanted
+        return None, None, None, None, *family.run_backward(*inputs)
 
 
-class _Segments:
-    """This rank's segments, long ones split, and the scan that ties them to those of other ranks.
+def _scan(
+    family: Family,
+    sp: SequenceParallel,
+    pieces: Pieces,
+    A: Tensor,
+    B: Tensor,
+    states: Tensor,
+    *,
+    backwards: bool,
+) -> Late:
+    """Start the scan over the pieces of all ranks; the result waits, and fills in `states`.
 
-    spans: their local tokens [start, stop). continues, continued: which of them a state enters,
-    and from which one is handed on. exchanged: whether any rank hands a state to another; linked:
-    or this one to itself.
+    A, B: the summaries [B, N, HV, ...] of those that hand a state on; backwards, A is transposed.
     """
+    ranges = len(pieces.ranges) if sp.exchanges else 0
+    none = B.new_zeros(B.shape[0], ranges, *B.shape[2:])
+    if not sp.exchanges:
+        family.scan(A, B, pieces, none, states, backwards=backwards)
+        return _ready(states)
 
-    def __init__(self, sp: SequenceParallel) -> None:
-        self._sp = sp
-        parts = [
-            [part for segment in segments for part in segment.split(sp.segment_tokens)]
-            for segments in sp.layout.segments(sp.rank)
-        ]
-        flat = [s for segments in parts for s in segments]
-        self.spans = [(s.local.start, s.local.stop) for s in flat]
-        self.continues = [i for i, s in enumerate(flat) if s.continues]
-        self.continued = [i for i, s in enumerate(flat) if s.continued]
-        self.exchanged = any(sp.layout.chain.linked)
-        self.linked = self.exchanged or bool(self.continued)
-        ends = [sum(map(len, parts[: r + 1])) for r in range(len(parts))]
-        self._ranges = [range(end - len(s), end) for end, s in zip(ends, parts, strict=True)]
+    transition = family.transition
+    whole_B = family.scan(A, B, pieces, none, None, backwards=backwards).transpose(0, 1)
+    whole_A = A.new_zeros(ranges, A.shape[0], *A.shape[2:])
+    for run in pieces.backward if backwards else pieces.forward:
+        if run.target is not None and run.source is not None:  # otherwise nothing passes through
+            whole_A[run.target] = transition.total(A, run.summaries)
+    A_bytes, B_bytes = (x[0].numel() * x.element_size() for x in (whole_A, whole_B))
+    batch, heads, key, value = whole_B.shape[1:]
+    work = 2 * batch * heads * CHUNK * (key + value)  # scores and their product with v
+    choice = sp.choice(A_bytes, B_bytes, work)
+    chain = sp.layout.chain.backwards if backwards else sp.layout.chain
+    start = EXCHANGES[choice.name]
+    arriving = start(transition, whole_A, whole_B, chain, sp.comm, **choice.options)
 
-    def scan(
-        self, transition: Transition, A: Tensor, B: Tensor, states: Tensor, *, backwards: bool
-    ) -> Late:
-        """Start the scan; the result waits, and fills in `states` [B, N, H, K, V] those that enter.
+    def late() -> Tensor:
+        arrived = [none[:, 0] if state is None else state for state in arriving()]
+        family.scan(A, B, pieces, torch.stack(arrived, 1), states, backwards=backwards)
+        return states
 
-        A, B: the segments' summaries [B, N, H, ...]; backwards, A is transposed.
-        """
-        chain = self._sp.layout.chain.backwards if backwards else self._sp.layout.chain
-        enters = set(self.continued if backwards else self.continues)
-        orders = [list(reversed(r)) if backwards else list(r) for r in self._ranges]
-
-        def fold(order: list[int], state: Tensor | None) -> Tensor:
-            """The state that leaves the range that `state` enters."""
-            for i in order:
-                if i not in enters:
-                    state = None
-                if state is not None:
-                    states[:, i] = state
-                state = through(transition, A[:, i], B[:, i], state)
-            assert state is not None
-            return state
-
-        arriving = None
-        if self.exchanged:
-            whole_B = torch.stack([fold(order, None) for order in orders])
-            whole_A = torch.stack([self._product(transition, A, order) for order in orders])
-            A_bytes, B_bytes = (x[0].numel() * x.element_size() for x in (whole_A, whole_B))
-            batch, heads, key, value = whole_B.shape[1:]
-            work = 2 * batch * heads * CHUNK * (key + value)  # scores and their product with v
-            choice = self._sp.choice(A_bytes, B_bytes, work)
-            start = EXCHANGES[choice.name]
-            arriving = start(transition, whole_A, whole_B, chain, self._sp.comm, **choice.options)
-
-        def late() -> Tensor:
-            arrived = arriving() if arriving else [None] * len(orders)
-            for order, state in zip(orders, arrived, strict=True):
-                fold(order, state)
-            return states
-
-        return late
-
-    @staticmethod
-    def _product(transition: Transition, A: Tensor, order: list[int]) -> Tensor:
-        total = A[:, order[0]]
-        for i in order[1:]:
-            total = transition.product(A[:, i], total)
-        return total
+    return late
 
 
-def _nothing(states: Tensor) -> Late:
+def _ready(states: Tensor) -> Late:
     return lambda: states
 
 
-def _spread(x: Tensor, segments: list[int], count: int) -> Tensor:
-    """x [B, len(segments), ...] as [B, count, ...], zero for the other segments."""
-    out = x.new_zeros(x.shape[0], count, *x.shape[2:])
-    out[:, segments] = x
-    return out
+def _states(k: Tensor, v: Tensor, count: int) -> Tensor:
+    """Zero states [B, count, HV, K, V]."""
+    precise = torch.float64 if k.dtype == torch.float64 else torch.float32
+    return v.new_zeros(v.shape[0], count, v.shape[2], k.shape[3], v.shape[3], dtype=precise)

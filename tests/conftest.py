@@ -1,7 +1,12 @@
 """Settings every test relies on."""
 
+import os
+
 import torch
 
+# Triton kernels run on the CPU then; it is read when triton is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Workers are forked: a parent with an OpenMP pool would hand its children a pool without threads.
 torch.set_num_threads(1)
 # Fills what torch.empty and its kin return with NaN: memory read before it is written shows.

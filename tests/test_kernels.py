@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from seqpar.kernels import reference
-from seqpar.kernels.chunked import Family
+from seqpar.kernels.chunked import Chunked
 from seqpar.kernels.delta import DELTA
 from seqpar.kernels.linear import DECAYED_LINEAR, LINEAR
+from seqpar.kernels.pieces import Pieces
 from seqpar.kernels.scores import decayed_scores
 from seqpar.kernels.transition import Decay, Dense, Identity, Transition
 
@@ -27,7 +28,7 @@ CASES = {
 }
 
 
-def inputs(name: str, tokens: int) -> tuple[Family, Tensor, Tensor, Tensor, list[Tensor]]:
+def inputs(name: str, tokens: int) -> tuple[Chunked, Tensor, Tensor, Tensor, list[Tensor]]:
     family, width = CASES[name]
     torch.manual_seed(list(CASES).index(name))
 
@@ -42,7 +43,7 @@ def inputs(name: str, tokens: int) -> tuple[Family, Tensor, Tensor, Tensor, list
 
 
 def token_loop(
-    q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], family: Family, state: Tensor
+    q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], family: Chunked, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     rest = [gate.squeeze(-1) for gate in gates]
     loop = reference.delta_attention if family is DELTA else reference.linear_attention
@@ -59,20 +60,22 @@ def test_the_four_functions_equal_the_token_loop(name: str, tokens: int) -> None
     o, leaving = token_loop(q, k, v, gates, family, entering[:, 0])
     do, d_leaving = torch.randn_like(o), torch.randn_like(leaving)
     expected = torch.autograd.grad((o * do).sum() + (leaving * d_leaving).sum(), leaves)
-    spans = [(0, tokens)]
+    pieces = Pieces([(0, tokens)], [True], [True], [(0, 1)])
+    wanted = [True] * len(gates)
 
     with torch.no_grad():
-        assert_close("o", family.run(q, k, v, gates, 0.5, spans, lambda: entering), o, 1e-10)
-        A, B = family.summarize(k, v, gates, spans)
+        assert_close("o", family.run(q, k, v, gates, 0.5, pieces, lambda: entering), o, 1e-10)
+        A, B = family.summarize(k, v, gates, pieces)
         assert_close("state", family.transition.apply(A, entering) + B, leaving[:, None], 1e-10)
-        back = family.transition.apply(family.transition.adjoint(A), d_leaving[:, None])
-        back = back + family.summarize_backward(q, k, v, gates, 0.5, spans, do)
-        assert_close("dS", back, expected[-1], 1e-10)
+        back, pulled = family.summarize_backward(q, k, v, gates, 0.5, pieces, do)
+        dS = family.transition.apply(back, d_leaving[:, None]) + pulled
+        assert_close("dS", dS, expected[-1], 1e-10)
         gradients = family.run_backward(
-            q, k, v, gates, 0.5, spans, entering, do, lambda: d_leaving[:, None]
+            q, k, v, gates, 0.5, pieces, entering, do, lambda: d_leaving[:, None], wanted
         )
-    for i, (gradient, wanted) in enumerate(zip(gradients, expected[:-1], strict=True)):
-        assert_close(f"gradient {i}", gradient, wanted, 1e-10)
+    for i, (gradient, right) in enumerate(zip(gradients, expected[:-1], strict=True)):
+        assert gradient is not None
+        assert_close(f"gradient {i}", gradient, right, 1e-10)
 
 
 @settings(max_examples=25, deadline=None)
@@ -82,15 +85,16 @@ def test_a_sequence_cut_anywhere_and_chained_equals_the_uncut_one(
 ) -> None:
     offsets = [0, *accumulate(lengths)]
     family, q, k, v, gates = inputs(name, offsets[-1])
-    state = torch.zeros(BATCH, HEADS, K, V, dtype=torch.float64)
-    whole = family.run(q, k, v, gates, 0.5, [(0, offsets[-1])], lambda: state[:, None])
-    spans = list(pairwise(offsets))
-    A, B = family.summarize(k, v, gates, spans)
-    entering = []
-    for i in range(len(spans)):
-        entering.append(state)
-        state = family.transition.apply(A[:, i], state) + B[:, i]
-    cut = family.run(q, k, v, gates, 0.5, spans, lambda: torch.stack(entering, 1))
+    one = Pieces([(0, offsets[-1])], [False], [False], [(0, 1)])
+    none = torch.zeros(BATCH, 0, HEADS, K, V, dtype=torch.float64)
+    whole = family.run(q, k, v, gates, 0.5, one, lambda: none)
+    spans, last = list(pairwise(offsets)), len(lengths) - 1
+    handed = [i < last for i in range(last + 1)]
+    pieces = Pieces(spans, [False, *handed[:-1]], handed, [(0, last + 1)])
+    A, B = family.summarize(k, v, gates, pieces)
+    states = torch.zeros(BATCH, last, HEADS, K, V, dtype=torch.float64)
+    family.scan(A, B, pieces, none, states, backwards=False)
+    cut = family.run(q, k, v, gates, 0.5, pieces, lambda: states)
     assert_close(name, cut, whole, 1e-10)
 
 

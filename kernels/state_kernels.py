@@ -1,0 +1,217 @@
+"""Triton kernels around the run kernel: summaries of pieces, their scan, the decays' gradient."""
+
+import triton
+import triton.language as tl
+
+from seqpar.kernels.decay_kernels import _state, _tile
+
+
+@triton.jit(do_not_specialize=["batches"])
+def fold_kernel(
+    y,
+    z,
+    gate,
+    A,
+    B,
+    table,
+    scale,
+    batches,
+    yb,
+    yt,
+    yh,
+    zb,
+    zt,
+    zh,
+    gb,
+    gt,
+    gh,
+    HEADS: tl.constexpr,
+    Y_GROUP: tl.constexpr,
+    Z_GROUP: tl.constexpr,
+    DY: tl.constexpr,
+    DZ: tl.constexpr,
+    BY: tl.constexpr,
+    BZ: tl.constexpr,
+    C: tl.constexpr,
+    DECAY: tl.constexpr,
+    REVERSE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """What each piece adds to the state: B = scale Σ_j e^(decay from j to the end) y_j z_jᵀ.
+
+    y [B, T, H, DY]; z [B, T, H, DZ]; A [B, N, H, 1 or DY], the decay over the whole piece; B [B, N,
+    H, DY, DZ]. Reversed, the end is the piece's start and the decay includes token j's own. It
+    walks away from that end, so the state is never rescaled. A row of `table`: [first token,
+    tokens].
+    """
+    ROWS: tl.constexpr = (DY + BY - 1) // BY
+    COLS: tl.constexpr = (DZ + BZ - 1) // BZ
+    pid = tl.program_id(0)
+    block = pid % (ROWS * COLS)
+    head = pid // (ROWS * COLS) % HEADS
+    batch = (pid // (ROWS * COLS * HEADS) % batches).to(tl.int64)
+    piece = pid // (ROWS * COLS * HEADS) // batches
+    pieces = tl.num_programs(0) // (ROWS * COLS * HEADS) // batches
+    start = tl.load(table + 2 * piece).to(tl.int64)
+    length = tl.load(table + 2 * piece + 1)
+
+    index = tl.arange(0, C)
+    y_cols = block // COLS * BY + tl.arange(0, BY)
+    z_cols = block % COLS * BZ + tl.arange(0, BZ)
+    y += batch * yb + head // Y_GROUP * yh + start * yt
+    z += batch * zb + head // Z_GROUP * zh + start * zt
+    state = tl.zeros([BY, BZ], tl.float32)
+    if DECAY != "none":
+        gate += batch * gb + head * gh + start * gt
+    if DECAY == "key":
+        passed = tl.zeros([BY], tl.float32)
+    else:
+        passed = 0.0
+
+    count = tl.cdiv(length, C)
+    for step in tl.range(count, num_stages=STAGES):
+        if REVERSE:
+            chunk = step
+        else:
+            chunk = count - 1 - step
+        rows = (chunk * C + index).to(tl.int64)
+        mask = rows < length
+        y_tile = _tile(y, rows, mask, y_cols, yt, DY, ROWS * BY).to(OPERAND)
+        z_tile = _tile(z, rows, mask, z_cols, zt, DZ, COLS * BZ).to(OPERAND)
+        if DECAY == "scalar":
+            decays = tl.load(gate + rows * gt, mask=mask, other=0.0).to(tl.float32)
+            whole = tl.sum(decays, 0)
+            reach = tl.cumsum(decays, 0)
+            if not REVERSE:
+                reach = whole - reach
+            z_tile = (z_tile * tl.exp(passed + reach)[:, None]).to(OPERAND)
+            passed += whole
+        elif DECAY == "key":
+            decays = _tile(gate, rows, mask, y_cols, gt, DY, ROWS * BY).to(tl.float32)
+            whole = tl.sum(decays, 0)
+            reach = tl.cumsum(decays, 0)
+            if not REVERSE:
+                reach = whole[None, :] - reach
+            y_tile = (y_tile * tl.exp(passed[None, :] + reach)).to(OPERAND)
+            passed += whole
+        state = tl.dot(tl.trans(y_tile), z_tile, state, input_precision=PRECISION)
+
+    place = (batch * pieces + piece) * HEADS + head
+    pointers, inside = _state(B + place * (DY * DZ), y_cols, z_cols, DZ, 1, DY, DZ)
+    tl.store(pointers, state * scale, mask=inside)
+    if DECAY == "scalar":
+        if block == 0:
+            tl.store(A + place, tl.exp(passed))
+    elif DECAY == "key":
+        if block % COLS == 0:
+            tl.store(A + place * DY + y_cols, tl.exp(passed), mask=y_cols < DY)
+
+
+@triton.jit(do_not_specialize=["tokens", "blocks"])
+def gate_kernel(
+    q_shares,
+    k_shares,
+    flows,
+    d_gate,
+    table,
+    tokens,
+    blocks,
+    HEADS: tl.constexpr,
+    LINES: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """The gradient of scalar decays, d_gate [B, T, H], from what the passes of dq and dk left.
+
+    shares [B, H, LINES, T], the sum of whose lines is q dq and k dk; flows [B, H, LINES, blocks],
+    <S, λ> at the end of each block of SIZE tokens. A row of `table`: [first token, tokens] of one.
+    """
+    pid = tl.program_id(0)
+    block = pid % blocks
+    head = pid // blocks % HEADS
+    batch = (pid // (blocks * HEADS)).to(tl.int64)
+    start = tl.load(table + 2 * block).to(tl.int64)
+    token = tl.arange(0, SIZE)
+    mask = token < tl.load(table + 2 * block + 1)
+    line = (batch * HEADS + head) * LINES
+    share = tl.zeros([SIZE], tl.float32)
+    flow = 0.0
+    for i in tl.static_range(LINES):
+        at = (line + i) * tokens + start + token
+        share += tl.load(q_shares + at, mask=mask, other=0.0)
+        share -= tl.load(k_shares + at, mask=mask, other=0.0)
+        flow += tl.load(flows + (line + i) * blocks + block)
+    gradient = flow + tl.sum(share, 0) - tl.cumsum(share, 0) + share
+    tl.store(d_gate + (batch * tokens + start + token) * HEADS + head, gradient, mask=mask)
+
+
+@triton.jit(do_not_specialize=["batches", "summaries", "slots", "ends"])
+def scan_kernel(
+    A,
+    B,
+    arriving,
+    states,
+    leaving,
+    table,
+    batches,
+    summaries,
+    slots,
+    ends,
+    HEADS: tl.constexpr,
+    DY: tl.constexpr,
+    DZ: tl.constexpr,
+    BY: tl.constexpr,
+    PADDED: tl.constexpr,
+    DECAY: tl.constexpr,
+    STEP: tl.constexpr,
+    STORE: tl.constexpr,
+):
+    """States that enter pieces, from the summaries of the pieces before them: S' = A S + B.
+
+    A row of `table` is a run of pieces, each of which hands its state to the next: [first summary,
+    summaries, slot of the first state, which of `arriving` it begins with, which of `leaving` it
+    ends in (-1: none)]. B [B, summaries, H, DY, DZ]; states [B, slots, ...]; arriving and leaving
+    [B, ends, ...]. STEP: 1, or -1 for the gradient, which goes through the pieces backwards. STORE:
+    0 if only what leaves is wanted.
+    """
+    BLOCKS: tl.constexpr = (DY + BY - 1) // BY
+    pid = tl.program_id(0)
+    row = pid % BLOCKS * BY + tl.arange(0, BY)
+    head = pid // BLOCKS % HEADS
+    batch = (pid // (BLOCKS * HEADS) % batches).to(tl.int64)
+    chain = table + 5 * (pid // (BLOCKS * HEADS) // batches)
+    first = tl.load(chain).to(tl.int64)
+    count = tl.load(chain + 1)
+    slot = tl.load(chain + 2).to(tl.int64)
+    source = tl.load(chain + 3).to(tl.int64)
+    target = tl.load(chain + 4).to(tl.int64)
+    cols = tl.arange(0, PADDED)
+    offsets = row[:, None] * DZ + cols[None, :]
+    inside = (row < DY)[:, None] & (cols < DZ)[None, :]
+    SIZE: tl.constexpr = DY * DZ
+    state = tl.zeros([BY, PADDED], tl.float32)
+    if source >= 0:
+        base = arriving + ((batch * ends + source) * HEADS + head) * SIZE
+        state = tl.load(base + offsets, mask=inside, other=0.0)
+        if STORE:
+            base = states + ((batch * slots + slot) * HEADS + head) * SIZE
+            tl.store(base + offsets, state, mask=inside)
+        slot += STEP
+    stored = count
+    if target >= 0:
+        stored = count - 1
+    for i in tl.range(count, num_stages=4):
+        place = (batch * summaries + first + i * STEP) * HEADS + head
+        added = tl.load(B + place * SIZE + offsets, mask=inside, other=0.0)
+        if DECAY == "scalar":
+            state = state * tl.load(A + place)
+        elif DECAY == "key":
+            state = state * tl.load(A + place * DY + row, mask=row < DY, other=0.0)[:, None]
+        state += added
+        if STORE:
+            base = states + ((batch * slots + slot + i * STEP) * HEADS + head) * SIZE
+            tl.store(base + offsets, state, mask=inside & (i < stored))
+    if target >= 0:
+        base = leaving + ((batch * ends + target) * HEADS + head) * SIZE
+        tl.store(base + offsets, state, mask=inside)

@@ -1,0 +1,62 @@
+"""How the Triton kernels are cut and scheduled. Measured on an H200 by tests/bench/kernels.py."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+
+# tokens between the states that the gradient of the decays needs (see decay_kernels.py)
+BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Config:
+    """rows, columns: of the state a program holds; tokens a chunk; warps; pipeline stages."""
+
+    rows: int
+    columns: int
+    chunk: int
+    warps: int
+    stages: int
+
+
+def run_config(DY: int, DZ: int, dtype: torch.dtype) -> Config:
+    """For the general run kernel, which keeps all DY rows."""
+    wide = dtype != torch.bfloat16  # products of fp32 take twice the room
+    columns = min(16 if wide and DY > 128 else 32, padded(DZ))
+    return Config(padded(DY), columns, 32, 8 if DY > 128 else 4, 1 if wide else 2)
+
+
+def fold_config(DY: int, DZ: int, dtype: torch.dtype) -> Config:
+    if dtype != torch.bfloat16:
+        return Config(min(64, padded(DY)), min(64, padded(DZ)), 32, 4, 1)
+    return Config(min(128, padded(DY)), min(128, padded(DZ)), 64, 4, 3)
+
+
+def piece_tokens(tokens: int, programs: int, device: torch.device) -> int:
+    """Into how long pieces `tokens` are cut so that the chip is full.
+
+    programs: that one piece takes, over all its heads, for each that a processor can hold.
+    """
+    wanted = max(1, processors(device) // programs)
+    return max(256, triton.cdiv(triton.cdiv(tokens, wanted), 64) * 64)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors; few under the interpreter."""
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether Gluon's Hopper instructions are there."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def padded(size: int) -> int:
+    """The next power of two that tensor cores take."""
+    return max(16, triton.next_power_of_2(size))

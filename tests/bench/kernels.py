@@ -1,0 +1,251 @@
+"""Time and memory of linear attention on one GPU, beside what the memory's bandwidth allows.
+
+    python -m tests.bench.kernels [--out DIR] [--quick] [--fla]
+
+B = 1, K = V = 128, bf16, fp32 gates; medians over CUDA events. The floor moves each tensor once:
+forward q, k, v, gates and o; backward those, do, and the gradients. `--fla` times
+flash-linear-attention beside it, whose first calls tune for minutes; softmax is cuDNN's.
+"""
+
+import argparse
+import csv
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import seqpar
+
+DIM = 128
+DECAYS = ("none", "constant", "scalar", "diagonal")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured case. Times in ms; bandwidth in TB/s, of the floor's bytes."""
+
+    case: str
+    who: str
+    heads: int
+    tokens: int
+    forward: float
+    both: float
+    forward_floor: float
+    both_floor: float
+    bandwidth: float
+    first: float  # seconds of the first forward and backward, compilation included
+    memory: float  # peak over inputs, output and gradients
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder for kernels.csv and kernels.png")
+    parser.add_argument("--quick", action="store_true", help="only 64K tokens")
+    parser.add_argument("--fla", action="store_true", help="flash-linear-attention as well")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("tests.bench.kernels needs an NVIDIA GPU")
+    import triton
+
+    rate = copy_bandwidth()
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "
+        f"copies move {rate / 1e12:.2f} TB/s"
+    )
+    print(" ".join(f"{field.name:>13}" for field in fields(Row)))
+    rows = []
+    for decay, heads, tokens in cases(args.quick):
+        makers: dict[str, Callable[..., Tensor]] = {"seqpar": seqpar.linear_attention}
+        makers |= fla(decay) if args.fla else {}
+        if decay == "none" and heads == 16 and tokens <= 2**16:
+            makers["cuDNN softmax"] = softmax
+        for who, function in makers.items():
+            row = measure(decay, who, function, heads, tokens, rate)
+            rows.append(row)
+            print(" ".join(f"{show(value):>13}" for value in astuple(row)), flush=True)
+    summarise(rows)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        with open(args.out / "kernels.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(field.name for field in fields(Row))
+            writer.writerows(astuple(row) for row in rows)
+        plot(rows, args.out / "kernels.png")
+
+
+def cases(quick: bool) -> list[tuple[str, int, int]]:
+    """(decay, heads, tokens)"""
+    found = [(decay, 16, 2**16) for decay in DECAYS]
+    if not quick:
+        found += [
+            (decay, *size) for decay in ("none", "scalar") for size in ((16, 2**15), (2, 2**18))
+        ]
+        found += [("scalar", 16, 2**i) for i in (17, 18, 19, 20)]
+        found += [(decay, 16, 2**i) for decay in ("none", "diagonal") for i in (14, 18)]
+    return found
+
+
+def measure(
+    decay: str, who: str, function: Callable[..., Tensor], heads: int, tokens: int, rate: float
+) -> Row:
+    """Time one function; NaN where it cannot run."""
+    torch.cuda.empty_cache()
+    inputs = make(decay, heads, tokens)
+    do = torch.randn_like(inputs[2])
+    wanted = [x for x in inputs if x.requires_grad]
+
+    def both() -> None:
+        torch.autograd.grad(function(*inputs), wanted, do)
+
+    def forward() -> None:
+        with torch.no_grad():
+            function(*inputs)
+
+    begin = time.perf_counter()
+    try:
+        both()
+    except RuntimeError as error:
+        print(f"{who} {decay}: {str(error).splitlines()[0][:90]}")
+        both_ms, first, peak = float("nan"), float("nan"), 0
+    else:
+        torch.cuda.synchronize()
+        first = time.perf_counter() - begin
+        torch.cuda.reset_peak_memory_stats()
+        both()
+        peak = torch.cuda.max_memory_allocated()
+        both_ms = median_ms(both)
+    sizes = [x.numel() * x.element_size() for x in inputs]
+    v = inputs[2].numel() * inputs[2].element_size()
+    gradients = sum(x.numel() * x.element_size() for x in wanted)
+    one_way, two_ways = sum(sizes) + v, 2 * sum(sizes) + 2 * v + gradients
+    needed = sum(sizes) + 2 * v + gradients
+    forward_ms = median_ms(forward)
+    return Row(
+        decay,
+        who,
+        heads,
+        tokens,
+        forward_ms,
+        both_ms,
+        one_way / rate * 1e3,
+        two_ways / rate * 1e3,
+        two_ways / both_ms / 1e9,
+        first,
+        peak / needed,
+    )
+
+
+def make(decay: str, heads: int, tokens: int) -> list[Tensor]:
+    """q, k, v and the gate, all random, keys normalised."""
+    torch.manual_seed(0)
+    kind = {"device": "cuda", "dtype": torch.bfloat16}
+    q, k, v = (torch.randn(1, tokens, heads, DIM, **kind) for _ in range(3))  # type: ignore[call-overload]
+    inputs = [q, torch.nn.functional.normalize(k, dim=-1), v]
+    for x in inputs:
+        x.requires_grad_()
+    if decay == "constant":
+        inputs.append(-torch.rand(heads, device="cuda") * 0.1)
+    elif decay == "scalar":
+        inputs.append((-torch.rand(1, tokens, heads, device="cuda") * 0.1).requires_grad_())
+    elif decay == "diagonal":
+        gate = -torch.rand(1, tokens, heads, DIM, device="cuda") * 0.1
+        inputs.append(gate.requires_grad_())
+    return inputs
+
+
+def fla(decay: str) -> dict[str, Callable[..., Tensor]]:
+    """flash-linear-attention's function for this decay, where it is installed."""
+    try:
+        from fla.ops.gla import chunk_gla
+        from fla.ops.linear_attn import chunk_linear_attn
+        from fla.ops.simple_gla import chunk_simple_gla
+    except ImportError as error:
+        raise SystemExit(f"--fla: {error}") from None
+    functions: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+        "none": partial(chunk_linear_attn, normalize=False),
+        "constant": lambda q, k, v, g: chunk_simple_gla(q, k, v, g_gamma=g),
+        "scalar": lambda q, k, v, g: chunk_simple_gla(q, k, v, g=g),
+        "diagonal": lambda q, k, v, g: chunk_gla(q, k, v, g=g),
+    }
+    return {"fla": lambda *inputs: functions[decay](*inputs)[0]}
+
+
+def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        o = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return o.transpose(1, 2)
+
+
+def median_ms(function: Callable[[], object], repeats: int = 15) -> float:
+    for _ in range(3):
+        function()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for begin, end in events:
+        begin.record()
+        function()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in events)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a large copy on the device."""
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / median_ms(lambda: target.copy_(source)) * 1e3
+
+
+def summarise(rows: list[Row]) -> None:
+    """The two ratios that show how well the chip is filled and how time grows with tokens."""
+    ours = {(row.case, row.heads, row.tokens): row for row in rows if row.who == "seqpar"}
+    for decay in DECAYS:
+        few, many = ours.get((decay, 2, 2**18)), ours.get((decay, 16, 2**15))
+        if few and many:
+            forward, both = few.forward / many.forward, few.both / many.both
+            print(f"{decay}: 2 heads, 256K over 16 heads, 32K: {forward:.2f}, {both:.2f}")
+    base = ours.get(("scalar", 16, 2**16))
+    for (decay, heads, tokens), row in ours.items():
+        if base and decay == "scalar" and heads == 16 and tokens > 2**16:
+            ratio = row.both / base.both / (tokens / 2**16)
+            print(f"scalar {tokens >> 10}K: {ratio:.3f} of 64K's time a token")
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (times, rates) = pyplot.subplots(1, 2, figsize=(11, 4))
+    for key in dict.fromkeys((row.who, row.case) for row in rows):
+        found = sorted(
+            (row for row in rows if (row.who, row.case) == key and row.heads == 16),
+            key=lambda row: row.tokens,
+        )
+        tokens = [row.tokens for row in found]
+        times.plot(tokens, [row.both for row in found], marker="o", label=" ".join(key))
+        rates.plot(tokens, [row.bandwidth for row in found], marker="o")
+    for axes, label in ((times, "forward and backward, ms"), (rates, "bytes of the floor, TB/s")):
+        axes.set(xscale="log", yscale="log", xlabel="tokens, 16 heads", ylabel=label)
+        axes.grid(alpha=0.3)
+    times.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def show(value: object) -> str:
+    if isinstance(value, float):
+        return "-" if value != value else f"{value:.3f}"
+    return str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""The Triton kernels under the interpreter, fp32, against the token loop in fp64."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from harness import assert_close, run_ranks
+from torch import Tensor
+
+import seqpar
+from seqpar.kernels import reference
+from seqpar.kernels.choose import choose_linear
+from seqpar.kernels.pieces import Pieces
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
+
+WIDTHS = {"none": None, "scalar": 1, "diagonal": -1}
+
+
+@pytest.fixture(autouse=True)
+def _forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEQPAR_KERNELS", "triton")
+
+
+def inputs(
+    decay: str, tokens: int, heads: int, value_heads: int, K: int, V: int, batch: int, nats: float
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """q, k, v and gates, fp64 but exact in fp32; decays from 1e-4 to `nats` a token."""
+    torch.manual_seed(tokens + K)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(batch, tokens, *shape).double()
+
+    q, v = randn(heads, K), randn(value_heads, V)
+    k = torch.nn.functional.normalize(randn(heads, K), dim=-1).float().double()
+    width = WIDTHS[decay]
+    if width is None:
+        return q, k, v, []
+    shape = (batch, tokens, value_heads, 1 if width == 1 else K)
+    span = torch.tensor(nats * 1e4).log10()
+    return q, k, v, [-(10 ** (torch.rand(shape) * span - 4)).double()]
+
+
+# decay, cuts, heads of q and v, K, V, batch, nats
+CASES = [
+    ("none", (0, 150), (1, 1), 16, 32, 1, 0.1),
+    ("none", (0, 64, 130, 131), (2, 4), 24, 80, 2, 0.1),
+    ("scalar", (0, 64, 128, 150), (2, 2), 16, 16, 1, 0.1),
+    ("scalar", (0, 1, 70, 199), (1, 2), 20, 24, 2, 20),
+    ("diagonal", (0, 64, 150), (1, 1), 16, 32, 1, 0.1),
+    ("diagonal", (0, 1, 70, 130), (1, 2), 20, 24, 2, 20),
+    ("diagonal", (0, 33), (1, 1), 40, 8, 1, 20),
+    ("scalar", (0, 1100), (1, 1), 16, 16, 1, 1),  # more than one block of the gate's gradient
+    ("diagonal", (0, 1100), (1, 1), 16, 16, 1, 1),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_function_equals_the_token_loop(case: tuple) -> None:
+    """Outputs, leaving state, all gradients, for pieces with states entering and leaving."""
+    decay, cuts, (heads, value_heads), K, V, batch, nats = case
+    q, k, v, gates = inputs(decay, cuts[-1], heads, value_heads, K, V, batch, nats)
+    entering = torch.randn(batch, value_heads, K, V).double()
+    leaves = [x.requires_grad_() for x in (q, k, v, *gates, entering)]
+    decays = [gate.squeeze(-1) if decay == "scalar" else gate for gate in gates]
+    o, leaving = reference.linear_attention(q, k, v, *decays, scale=0.3, initial_state=entering)
+    do, d_leaving = torch.randn_like(o).float(), torch.randn_like(leaving).float()
+    expected = torch.autograd.grad((o * do).sum() + (leaving * d_leaving).sum(), leaves)
+
+    count = len(cuts) - 1
+    pieces = Pieces(list(pairwise(cuts)), [True] * count, [True] * count, [(0, count)])
+    q, k, v, entering, *gates = (x.detach().float() for x in (q, k, v, entering, *gates))
+    family = choose_linear(k, v, gates)
+    assert type(family).__name__ == "TritonLinear"
+    # fp32 running sums of strong decays are rounded at 1e3 nats: 6e-5
+    bound = 5e-5 if nats > 1 else 1e-5
+    states, adjoints = (torch.empty(batch, count, value_heads, K, V) for _ in range(2))
+    A, B = family.summarize(k, v, gates, pieces)
+    found = family.scan(A, B, pieces, entering[:, None], states, backwards=False)
+    assert_close("S", found[:, 0], leaving, bound)
+    assert_close("o", family.run(q, k, v, gates, 0.3, pieces, lambda: states), o, bound)
+    A, B = family.summarize_backward(q, k, v, gates, 0.3, pieces, do)
+    found = family.scan(A, B, pieces, d_leaving[:, None], adjoints, backwards=True)
+    assert_close("dS", found[:, 0], expected[-1], bound)
+    rest = gates, 0.3, pieces, states, do, lambda: adjoints, [True] * len(gates)
+    names = ["dq", "dk", "dv", "d_gate"]
+    for name, x, right in zip(names, family.run_backward(q, k, v, *rest), expected, strict=False):
+        assert x is not None
+        assert_close(name, x, right, bound)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("decay", WIDTHS)
+def test_packed_documents_on_two_ranks_equal_the_token_loop(decay: str, kind: str) -> None:
+    documents = [0, 1, 30, 110, 120, 140, 192]
+    q, k, v, gates = inputs(decay, 192, 1, 2, 16, 16, 1, 1)
+    gates = [gate.squeeze(-1) if decay == "scalar" else gate for gate in gates]
+    leaves = [x.requires_grad_() for x in (q, k, v, *gates)]
+    o, _ = reference.linear_attention(q, k, v, *gates, cu_seqlens=documents)
+    do = torch.randn_like(o)
+    expected = [o.detach(), *torch.autograd.grad((o * do).sum(), leaves)]
+    layout = seqpar.Layout(192, 2, kind, documents)
+
+    def work(rank: int) -> list[Tensor]:
+        sp = seqpar.SequenceParallel(layout=layout, segment_tokens=64)
+        local = [layout.shard(x.detach(), rank).float().requires_grad_() for x in leaves]
+        q, k, v, *gates = local
+        o = seqpar.linear_attention(q, k, v, gates[0] if gates else None, sp=sp)
+        grads = torch.autograd.grad(o, local, layout.shard(do, rank).float())
+        return [o.detach(), *grads]
+
+    for rank, results in enumerate(run_ranks(work, 2)):
+        for i, (result, whole) in enumerate(zip(results, expected, strict=True)):
+            wanted = layout.shard(whole, rank)
+            assert_close(f"{i} on rank {rank}", result, wanted, 1e-5, whole=whole)
+
+
+def test_slices_of_a_packed_projection_and_a_constant_decay_need_no_copies() -> None:
+    packed = torch.randn(2, 70, 2, 3 * 16).double().requires_grad_()
+    decay = torch.tensor([-0.1, -1.0]).double().requires_grad_()
+    q, k, v = packed.split(16, -1)
+    o, _ = reference.linear_attention(q, k, v, decay)
+    do = torch.randn_like(o)
+    expected = torch.autograd.grad((o * do).sum(), (packed, decay))
+    x, g = (t.detach().float().requires_grad_() for t in (packed, decay))
+    q, k, v = x.split(16, -1)
+    found = seqpar.linear_attention(q, k, v, g)
+    assert_close("o", found, o, 1e-5)
+    gradients = torch.autograd.grad((found * do.float()).sum(), (x, g))
+    for name, gradient, right in zip(("packed", "decay"), gradients, expected, strict=True):
+        assert_close(name, gradient, right, 1e-5)
+
+
+def test_short_documents_keep_no_states() -> None:
+    layout = seqpar.Layout(20_000, 1, cu_seqlens=range(0, 20_001, 2))
+    pieces = seqpar.SequenceParallel(layout=layout).pieces(1024)
+    assert len(pieces.spans) == 10_000
+    assert not pieces.entered
+    assert not pieces.left
+
+
+@pytest.mark.parametrize(
+    ("k", "variable", "message"),
+    [
+        (torch.zeros(1, 4, 1, 16), "fast", "must be one of auto, triton, torch"),
+        (torch.zeros(1, 4, 1, 16).double(), "triton", "float64 must be"),
+        (torch.zeros(1, 4, 1, 16).bfloat16(), "triton", "only float32"),
+        (torch.zeros(1, 4, 1, 300), "triton", "K=300 .* at most 256"),
+    ],
+)
+def test_what_triton_cannot_do_is_refused(
+    k: Tensor, variable: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEQPAR_KERNELS", variable)
+    with pytest.raises(ValueError, match=message):
+        seqpar.linear_attention(k, k, k)
+
+
+def test_without_a_gpu_pytorch_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SEQPAR_KERNELS")
+    x = torch.zeros(1, 4, 1, 16)
+    assert type(choose_linear(x, x, [])).__name__ == "Chunked"
