@@ -26,7 +26,7 @@ class _Gate:
     """What the passes of dq and dk leave for the gradient of the decays (see the kernels)."""
 
     shares: dict[str, Tensor]
-    flows: Tensor  # [B, H, lines, blocks]
+    flows: Tensor  # [B, H, lines, blocks], or of each chunk [B, blocks, chunks, H, K]
     saved: Tensor  # states at the ends of blocks, [B, saves, H, K, V] in the passes' own order
 
 
@@ -159,11 +159,13 @@ class TritonLinear:
         def empty(*shape: int) -> Tensor:
             return torch.empty(batch, *shape, dtype=torch.float32, device=k.device)
 
-        blocks, saves = _blocks(pieces)
+        blocks, saves = pieces.once("saves", lambda: _blocks(pieces))
         saved = empty(saves, heads, K, V)
         if self.decay == "diagonal":
             shares = empty(tokens, heads, K)
-            return _Gate({"dq": shares, "dk": shares}, saved, saved)
+            chunks = BLOCK // run_config(V, K, k.dtype).chunk
+            pulls = empty(len(blocks), chunks, heads, K)
+            return _Gate({"dq": shares, "dk": shares}, pulls, saved)
         lines = K // 16 if hopper else triton.cdiv(K, run_config(V, K, k.dtype).columns)
         shares, others = (empty(heads, lines, tokens) for _ in range(2))
         return _Gate({"dq": shares, "dk": others}, empty(heads, lines, len(blocks)), saved)
@@ -213,7 +215,7 @@ class TritonLinear:
         width = {"none": 0, "scalar": 1, "diagonal": DY}[self.decay]
         A = z.new_empty(batch, pieces, heads, width, int(width > 0), dtype=torch.float32)
         B = z.new_empty(batch, pieces, heads, DY, DZ, dtype=torch.float32)
-        config = fold_config(DY, DZ, z.dtype)
+        config = fold_config(DY, DZ, z.dtype, self.decay == "diagonal")
         blocks = triton.cdiv(DY, config.rows) * triton.cdiv(DZ, config.columns)
         operand, precision = _operand(z.dtype)
         if not pieces:
@@ -276,6 +278,7 @@ class TritonLinear:
             states if gate is None else gate.shares[name],
             states if gate is None else gate.flows,
             pieces.table("run", lambda: _run_rows(pieces), x.device),
+            len(pieces.once("saves", lambda: _blocks(pieces))[0]),
             scale,
             self._along("value" if transposed else "key"),
             reverse=name in ("dv", "dk"),

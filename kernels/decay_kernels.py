@@ -24,7 +24,10 @@ Gradient of the decays: with r_t = q_t dq_t - k_t dk_t, for a token t and any la
 
 where S_T is the state after T and λ_T its gradient. The sum is one of differences that cancel, and
 its rounding errors would add up along the sequence; so T is the end of a block of EVERY chunks: the
-pass of dq saves S_T there, that of dk, which meets λ_T, forms the product in fp32.
+pass of dq saves S_T there, that of dk, which meets λ_T, forms the product in fp32. With diagonal
+decay the two passes round differently, and each chunk's end is made exact too: from one chunk to
+the one before, <S, λ> changes by <S, P> - <B, λ>, where B and P are what the chunk adds to S and to
+λ. Each is formed from the same rounded operands as the recurrence it belongs to: no error is left.
 
 A program works on one piece (a run of tokens) of one head, and on some of the columns of z; a row
 of `table` says which: [first token, tokens, slot of the state that enters (forward), slot of the
@@ -271,6 +274,8 @@ def run_kernel(
         flow = tl.zeros([BZ], tl.float32)
         if DECAY == "value":
             shares += ((batch * tokens + start) * HEADS + head) * DZ
+            first_chunk = tl.load(table + 7 * piece + 4) * EVERY
+            flows += ((batch * blocks * EVERY + first_chunk) * HEADS + head) * DZ
         else:
             line = (batch * HEADS + head) * BLOCKS + block
             shares += line * tokens + start
@@ -330,8 +335,8 @@ def run_kernel(
         elif DECAY == "value":
             mixed *= tl.exp(total)
 
-        # what the chunk's own tokens give; the token itself apart where rounding would not cancel
-        if DECAY == "value":
+        # what the chunk's own tokens give; the token itself apart where its rounding would show
+        if GATE or DECAY == "value":
             own = tl.sum(tl.where(here, scores, 0.0), 1)
             scores = tl.where(causal, scores, 0.0)
         else:
@@ -376,13 +381,20 @@ def run_kernel(
             else:
                 share_at = shares + rows[:, None] * (HEADS * DZ) + out_cols[None, :]
                 share_mask = mask[:, None] & (out_cols < DZ)[None, :]
+                pulled = (w_tile * tl.exp(total)).to(OPERAND)
+                pulled = tl.dot(tl.trans(pulled), x_tile, input_precision=PRECISION)
+                pull = scale * tl.sum(state * pulled, 1)
+                pull_at = flows + chunk * (HEADS * DZ) + out_cols
                 if REVERSE:
                     share = tl.load(share_at, mask=share_mask, other=0.0) - share
-                    flow += tl.sum(share, 0)
-                    share += flow[None, :] - tl.cumsum(share, 0)
+                    later = flow + tl.sum(share, 0)
+                    share += later[None, :] - tl.cumsum(share, 0)
+                    flow += tl.load(pull_at, mask=out_cols < DZ, other=0.0) - pull
+                else:
+                    tl.store(pull_at, pull, mask=out_cols < DZ)
                 tl.store(share_at, share, mask=share_mask)
 
-        if DECAY == "value":
+        if GATE or DECAY == "value":
             mixed += scale * own[:, None] * z_tile
         out_mask = mask[:, None]
         if DZ % BZ != 0:

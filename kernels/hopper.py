@@ -1,5 +1,8 @@
 """The run kernel for Hopper, launched: which calls it takes, and its tensor descriptors."""
 
+from functools import cache
+from typing import Any
+
 import torch
 import triton.experimental.gluon.language as gl
 from torch import Tensor
@@ -23,14 +26,14 @@ def fits(decay: str, *operands: Tensor) -> bool:
 
 
 def run_hopper(p: Pass) -> None:
-    """Launch one pass."""
+    """Launch one pass.
+
+    Triton finds the compiled kernel by the types and values of all arguments, for tensor
+    descriptors by name, in longer than the kernel runs on short inputs. Here the constants decide.
+    """
     batch, _, heads, DZ = p.out.shape
-    run_hopper_kernel[(heads * batch * len(p.table),)](
-        _matrix(p.x),
-        _matrix(p.y),
-        _matrix(p.z),
-        _matrix(p.other if p.gated else p.z),
-        _matrix(p.out),
+    arguments = (
+        *(_matrix(x) for x in (p.x, p.y, p.z, p.other if p.gated else p.z, p.out)),
         p.gate,
         p.entering,
         p.saved,
@@ -43,18 +46,30 @@ def run_hopper(p: Pass) -> None:
         *(x.stride(2) for x in (p.x, p.y, p.z, p.other)),
         *p.gate.stride()[:3],
         *p.state_strides,
-        HEADS=heads,
-        DY=p.y.shape[-1],
-        DZ=DZ,
-        C=CHUNK,
-        DECAY=p.decay,
-        REVERSE=p.reverse,
-        GATE=p.gated,
-        EVERY=BLOCK // CHUNK,
-        STAGES=3,
-        num_warps=DZ // 16,
-        **p.groups,
     )
+    constants = {
+        "HEADS": heads,
+        **p.groups,
+        "DY": p.y.shape[-1],
+        "DZ": DZ,
+        "C": CHUNK,
+        "DECAY": p.decay,
+        "REVERSE": p.reverse,
+        "GATE": p.gated,
+        "EVERY": BLOCK // CHUNK,
+        "STAGES": 3,
+        "num_warps": DZ // 16,
+    }
+    grid = heads * batch * len(p.table), 1, 1
+    types = p.x.dtype, p.gate.dtype, max(p.gate.stride()) < 2**31
+    key = torch.cuda.current_device(), *types, *constants.values()
+    if key in _compiled:
+        _compiled[key][grid](*arguments, *constants.values())
+    else:
+        _compiled[key] = run_hopper_kernel[grid](*arguments, **constants)
+
+
+_compiled: dict[tuple[object, ...], Any] = {}
 
 
 def _is_matrix(x: Tensor) -> bool:
@@ -68,6 +83,11 @@ def _is_matrix(x: Tensor) -> bool:
 def _matrix(x: Tensor) -> TensorDescriptor:
     batch, tokens, heads, dim = x.shape
     columns = (heads - 1) * x.stride(2) + dim
-    tile = [CHUNK, dim]
-    layout = gl.NVMMASharedLayout.get_default_for(tile, DTYPES[x.dtype])
-    return TensorDescriptor(x, [batch * tokens, columns], [x.stride(1), 1], tile, layout)
+    layout = _layout(x.dtype, dim)
+    return TensorDescriptor(x, [batch * tokens, columns], [x.stride(1), 1], [CHUNK, dim], layout)
+
+
+@cache
+def _layout(dtype: torch.dtype, dim: int) -> gl.NVMMASharedLayout:
+    """How a tile lies in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for([CHUNK, dim], DTYPES[dtype])

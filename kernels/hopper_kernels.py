@@ -100,7 +100,13 @@ def _add(a, b):
     return a + b
 
 
-@gluon.jit(do_not_specialize=["batches", "tokens", "blocks", "slots", "saves"])
+# Nothing is specialised by value: one compiled kernel a set of constants (see hopper.py).
+NUMBERS = ["scale", "batches", "tokens", "blocks", "slots", "saves", "xh", "yh", "zh", "wh"]
+NUMBERS += ["gb", "gt", "gh", "state_row", "state_col"]
+POINTERS = ["gate", "entering", "saved", "out_pointer", "shares", "flows", "table"]
+
+
+@gluon.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=POINTERS)
 def run_hopper_kernel(
     x,
     y,

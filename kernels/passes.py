@@ -25,6 +25,7 @@ class Pass:
     shares: Tensor
     flows: Tensor
     table: Tensor
+    blocks: int
     scale: float
     decay: str
     reverse: bool
@@ -35,7 +36,7 @@ class Pass:
     def sizes(self) -> tuple[int, ...]:
         """batches, tokens, blocks, slots, saves."""
         batch, tokens = self.out.shape[:2]
-        return batch, tokens, self.flows.shape[-1], self.entering.shape[1], self.saved.shape[1]
+        return batch, tokens, self.blocks, self.entering.shape[1], self.saved.shape[1]
 
     @property
     def state_strides(self) -> tuple[int, int]:

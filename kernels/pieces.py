@@ -5,12 +5,15 @@ are [B, slots, H, K, V] over the pieces that one enters, in order, and summaries
 pieces that one leaves. A rank with ten thousand short documents keeps none.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 # hands over a state [B, slots, H, K, V] when it is first needed
 Late = Callable[[], Tensor]
@@ -55,7 +58,7 @@ class Pieces:
         self.ranges = tuple(ranges)
         self.entered = tuple(i for i, here in enumerate(enters) if here)
         self.left = tuple(i for i, here in enumerate(leaves) if here)
-        self._tables: dict[tuple[str, torch.device], Tensor] = {}
+        self._made: dict[Hashable, Any] = {}
 
     @cached_property
     def forward(self) -> list[Run]:
@@ -69,14 +72,19 @@ class Pieces:
         orders = [range(*bounds)[::-1] for bounds in self.ranges]
         return _runs(orders, self.left, self.entered)
 
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returns, made once: tables that kernels read do not change."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made
+
     def table(
         self, name: str, rows: Callable[[], Iterable[Sequence[int]]], device: torch.device
     ) -> Tensor:
         """int32 rows for a kernel, made once."""
-        key = name, device
-        if key not in self._tables:
-            self._tables[key] = torch.tensor(list(rows()), dtype=torch.int32).to(device)
-        return self._tables[key]
+        made = partial(torch.tensor, dtype=torch.int32, device=device)
+        return self.once((name, device), lambda: made(list(rows())))
 
 
 def _runs(orders: Iterable[range], entered: Sequence[int], left: Sequence[int]) -> list[Run]:

@@ -28,10 +28,11 @@ def run_config(DY: int, DZ: int, dtype: torch.dtype) -> Config:
     return Config(padded(DY), columns, 32, 8 if DY > 128 else 4, 1 if wide else 2)
 
 
-def fold_config(DY: int, DZ: int, dtype: torch.dtype) -> Config:
+def fold_config(DY: int, DZ: int, dtype: torch.dtype, diagonal: bool) -> Config:
+    """For the fold kernel; a diagonal decay leaves no registers for loads ahead."""
     if dtype != torch.bfloat16:
         return Config(min(64, padded(DY)), min(64, padded(DZ)), 32, 4, 1)
-    return Config(min(128, padded(DY)), min(128, padded(DZ)), 64, 4, 3)
+    return Config(min(128, padded(DY)), min(128, padded(DZ)), 64, 4, 1 if diagonal else 3)
 
 
 def piece_tokens(tokens: int, programs: int, device: torch.device) -> int:

@@ -33,7 +33,9 @@ def recurrence(
 
     name: the public function's, for messages.
     """
-    return _Recurrence.apply(name, family, sp or _alone(q.shape[1]), scale, q, k, v, *gates)
+    sp = sp or _alone(q.shape[1])
+    with torch.cuda.device_of(q):  # where Triton launches; nothing on a CPU
+        return _Recurrence.apply(name, family, sp, scale, q, k, v, *gates)
 
 
 @lru_cache(64)

@@ -46,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder for kernels.csv and kernels.png")
     parser.add_argument("--quick", action="store_true", help="only 64K tokens")
+    parser.add_argument("--profile", action="store_true", help="the time of each kernel as well")
     parser.add_argument("--fla", action="store_true", help="flash-linear-attention as well")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -68,6 +69,8 @@ def main() -> None:
             row = measure(decay, who, function, heads, tokens, rate)
             rows.append(row)
             print(" ".join(f"{show(value):>13}" for value in astuple(row)), flush=True)
+            if args.profile and who == "seqpar":
+                profile(function, make(decay, heads, tokens))
     summarise(rows)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -138,6 +141,17 @@ def measure(
         first,
         peak / needed,
     )
+
+
+def profile(function: Callable[..., Tensor], inputs: list[Tensor]) -> None:
+    """Print each kernel of one forward and backward pass, in order, with its microseconds."""
+    wanted = [x for x in inputs if x.requires_grad]
+    do = torch.randn_like(inputs[2])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        torch.autograd.grad(function(*inputs), wanted, do)
+        torch.cuda.synchronize()
+    for event in sorted(trace.events() or [], key=lambda event: event.time_range.start):
+        print(f"    {event.name[:60]:<60} {event.time_range.elapsed_us():8.0f} us")
 
 
 def make(decay: str, heads: int, tokens: int) -> list[Tensor]:
