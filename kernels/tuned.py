@@ -1,4 +1,4 @@
-"""How the Triton kernels are cut and scheduled. Measured on an H200 by tests/bench/kernels.py."""
+"""How the Triton kernels are cut and scheduled: a table; tests/bench/tune.py finds better ones."""
 
 from dataclasses import dataclass
 from functools import cache

@@ -1,6 +1,10 @@
 """The Triton kernels under the interpreter, fp32, against the token loop in fp64."""
 
+import os
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,3 +164,12 @@ def test_without_a_gpu_pytorch_is_chosen(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("SEQPAR_KERNELS")
     x = torch.zeros(1, 4, 1, 16)
     assert type(choose_linear(x, x, [])).__name__ == "Chunked"
+
+
+def test_the_hopper_kernel_compiles_without_a_gpu() -> None:
+    script = Path(__file__).with_name("hopper_compiles.py")
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(script.parents[1])}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
