@@ -15,7 +15,7 @@ length need no masks.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,13 +44,16 @@ class Chunked:
     def piece_tokens(self, k: Tensor, v: Tensor) -> int | None:
         return None
 
-    def summarize(
-        self, k: Tensor, v: Tensor, gates: Sequence[Tensor], pieces: Pieces
-    ) -> tuple[Tensor, Tensor]:
-        chunks = _Chunks([pieces.spans[i] for i in pieces.left], k)
-        k = spread(k, v)
-        A, B = self.state_maps(chunks.pad(k), chunks.pad(v), [chunks.pad(x) for x in gates])
-        return self._fold(A, B, chunks.steps())
+    def prepare(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Sequence[Tensor],
+        scale: float,
+        pieces: Pieces,
+    ) -> "_Prepared":
+        return _Prepared(self, q, k, v, gates, scale, pieces)
 
     def scan(
         self,
@@ -79,83 +82,74 @@ class Chunked:
                 leaving[:, run.target] = state
         return leaving
 
-    def run(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Sequence[Tensor],
-        scale: float,
-        pieces: Pieces,
-        entering: Late,
-    ) -> Tensor:
-        chunks = _Chunks(pieces.spans, k)
-        A, B, Q, own = self._maps(chunks, spread(q, v), spread(k, v), v, gates, scale)
-        start = _to_all(entering(), pieces.entered, pieces)
-        states = self._scan(A, B, start, chunks.steps())
-        return chunks.join(own + Q @ states).to(v.dtype)
 
-    def summarize_backward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Sequence[Tensor],
-        scale: float,
-        pieces: Pieces,
-        do: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        chunks = _Chunks([pieces.spans[i] for i in pieces.entered], k)
-        A, _, Q, _ = self._maps(chunks, spread(q, v), spread(k, v), v, gates, scale)
-        return self._fold(self.transition.adjoint(A), Q.mT @ chunks.pad(do), chunks.steps_back())
+@dataclass(frozen=True)
+class _Prepared:
+    """Implements `family.Prepared`."""
+
+    family: Chunked
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gates: Sequence[Tensor]
+    scale: float
+    pieces: Pieces
+
+    def summarize(self) -> tuple[Tensor, Tensor]:
+        chunks = self._chunks(self.pieces.left)
+        k, v, *gates = (chunks.pad(x) for x in (spread(self.k, self.v), self.v, *self.gates))
+        return self._fold(*self.family.state_maps(k, v, gates), chunks.steps())
+
+    def run(self, entering: Late) -> Tensor:
+        chunks = self._chunks(range(len(self.pieces.spans)))
+        A, B, Q, own = self._maps(chunks)
+        start = _to_all(entering(), self.pieces.entered, self.pieces)
+        states = self._scan(A, B, start, chunks.steps())
+        return chunks.join(own + Q @ states).to(self.v.dtype)
+
+    def summarize_backward(self, do: Tensor) -> tuple[Tensor, Tensor]:
+        chunks = self._chunks(self.pieces.entered)
+        A, _, Q, _ = self._maps(chunks)
+        adjoint = self.family.transition.adjoint(A)
+        return self._fold(adjoint, Q.mT @ chunks.pad(do), chunks.steps_back())
 
     def run_backward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Sequence[Tensor],
-        scale: float,
-        pieces: Pieces,
-        entering: Tensor,
-        do: Tensor,
-        leaving: Late,
-        wanted: Sequence[bool],
+        self, entering: Tensor, do: Tensor, leaving: Late, wanted: Sequence[bool]
     ) -> list[Tensor | None]:
-        chunks = _Chunks(pieces.spans, k)
-        inputs = [x.detach().requires_grad_() for x in (q, k, v, *gates)]
+        chunks = self._chunks(range(len(self.pieces.spans)))
+        inputs = [x.detach().requires_grad_() for x in (self.q, self.k, self.v, *self.gates)]
+        q, k, v, *gates = inputs
         with torch.enable_grad():
-            wide_q, wide_k = (spread(x, v) for x in inputs[:2])
-            maps = self._maps(chunks, wide_q, wide_k, inputs[2], inputs[3:], scale)
+            maps = replace(self, q=q, k=k, v=v, gates=gates)._maps(chunks)
         A, B, Q, _ = (x.detach() for x in maps)
         do = chunks.pad(do)
-        states = self._scan(A, B, _to_all(entering, pieces.entered, pieces), chunks.steps())
-        back = self.transition.adjoint(A)
-        ends = _to_all(leaving(), pieces.left, pieces)
+        states = self._scan(
+            A, B, _to_all(entering, self.pieces.entered, self.pieces), chunks.steps()
+        )
+        back = self.family.transition.adjoint(A)
+        ends = _to_all(leaving(), self.pieces.left, self.pieces)
         adjoints = self._scan(back, Q.mT @ do, ends, chunks.steps_back())
-        dA = self.transition.gradient(A, adjoints, states)
+        dA = self.family.transition.gradient(A, adjoints, states)
         gradients = zip(maps, (dA, adjoints, do @ states.mT, do), strict=True)
         kept = [(y, dy) for y, dy in gradients if y.requires_grad]  # the identity's A does not
         return list(torch.autograd.grad([y for y, _ in kept], inputs, [dy for _, dy in kept]))
 
-    def _maps(
-        self,
-        chunks: "_Chunks",
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Sequence[Tensor],
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        q, k, v, *gates = (chunks.pad(x) for x in (q, k, v, *gates))
-        return self.maps(q * scale, k, v, gates)
+    def _chunks(self, which: Iterable[int]) -> "_Chunks":
+        return _Chunks([self.pieces.spans[i] for i in which], self.k)
+
+    def _maps(self, chunks: "_Chunks") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        inputs = spread(self.q, self.v), spread(self.k, self.v), self.v, *self.gates
+        q, k, v, *gates = (chunks.pad(x) for x in inputs)
+        return self.family.maps(q * self.scale, k, v, gates)
 
     def _fold(self, A: Tensor, B: Tensor, steps: Steps) -> tuple[Tensor, Tensor]:
         """The map of each segment from those of its chunks: A [B, N, H, ...], B [B, N, H, K, V]."""
         total, state = A[:, steps[0][1]], B[:, steps[0][1]]
         for segments, step in steps[1:]:
-            total[:, segments] = self.transition.product(A[:, step], total[:, segments])
-            state[:, segments] = self.transition.apply(A[:, step], state[:, segments]) + B[:, step]
+            total[:, segments] = self.family.transition.product(A[:, step], total[:, segments])
+            state[:, segments] = (
+                self.family.transition.apply(A[:, step], state[:, segments]) + B[:, step]
+            )
         return total, state
 
     def _scan(self, A: Tensor, B: Tensor, entering: Tensor, steps: Steps) -> Tensor:
@@ -164,7 +158,9 @@ class Chunked:
         state = entering.clone()
         for segments, step in steps:
             states[:, step] = state[:, segments]
-            state[:, segments] = self.transition.apply(A[:, step], state[:, segments]) + B[:, step]
+            state[:, segments] = (
+                self.family.transition.apply(A[:, step], state[:, segments]) + B[:, step]
+            )
         return states
 
 

@@ -2,10 +2,10 @@
 
 Forward: fold the pieces that hand a state on, scan, run. Backward: the same with gradients; dq goes
 forward through the tokens again, dk and dv backwards, and nothing is kept from the forward pass but
-the states that entered the pieces.
+the states that entered the pieces. Diagonal decay is first taken out of q and k (frames.py).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,21 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from seqpar.kernels import frames, tables
 from seqpar.kernels.decay_kernels import run_kernel
+from seqpar.kernels.frames import Frames
+from seqpar.kernels.launch import Launch, Plan, plan
 from seqpar.kernels.passes import Pass
 from seqpar.kernels.pieces import Late, Pieces
 from seqpar.kernels.state_kernels import fold_kernel, gate_kernel, scan_kernel
 from seqpar.kernels.transition import Decay, Identity, Transition
 from seqpar.kernels.tuned import BLOCK, fold_config, is_hopper, padded, piece_tokens, run_config
-
-
-@dataclass(frozen=True)
-class _Gate:
-    """What the passes of dq and dk leave for the gradient of the decays (see the kernels)."""
-
-    shares: dict[str, Tensor]
-    flows: Tensor  # [B, H, lines, blocks], or of each chunk [B, blocks, chunks, H, K]
-    saved: Tensor  # states at the ends of blocks, [B, saves, H, K, V] in the passes' own order
 
 
 @dataclass(frozen=True)
@@ -42,7 +36,7 @@ class TritonLinear:
 
     def piece_tokens(self, k: Tensor, v: Tensor) -> int:
         heads = v.shape[0] * v.shape[2]
-        if self._is_for_hopper(1.0, k, v):  # a processor holds one program, two of small ones
+        if _is_for_hopper(1.0, k, v):  # a processor holds one program, two of small ones
             held = 1 if max(k.shape[3], v.shape[3]) > 64 else 2
             return piece_tokens(v.shape[1], triton.cdiv(heads, held), v.device)
         columns = run_config(k.shape[3], v.shape[3], v.dtype).columns
@@ -50,13 +44,7 @@ class TritonLinear:
         programs = heads * triton.cdiv(v.shape[3], columns)
         return piece_tokens(v.shape[1], triton.cdiv(programs, held), v.device)
 
-    def summarize(
-        self, k: Tensor, v: Tensor, gates: Sequence[Tensor], pieces: Pieces
-    ) -> tuple[Tensor, Tensor]:
-        table = pieces.table("left", lambda: _starts(pieces, pieces.left), k.device)
-        return self._fold(k, v, gates, 1.0, table, reverse=False)
-
-    def summarize_backward(
+    def prepare(
         self,
         q: Tensor,
         k: Tensor,
@@ -64,10 +52,26 @@ class TritonLinear:
         gates: Sequence[Tensor],
         scale: float,
         pieces: Pieces,
-        do: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        table = pieces.table("entered", lambda: _starts(pieces, pieces.entered), q.device)
-        return self._fold(q, do, gates, scale, table, reverse=True)
+    ) -> "_Prepared":
+        given = q, k
+        q, k, v = _dense(q), _dense(k), _dense(v)
+        gate = _dense(gates[0]) if gates else k
+        calls = plan(pieces, self.decay, scale, q, k, v, gate)
+        block = BLOCK[self.decay]
+        if self.decay != "diagonal":
+            hopper = calls.once("hopper", lambda: _is_for_hopper(scale, q, k, v))
+            found, chunk = None, 64
+        else:
+            fits = k.shape[3] in (64, 128)
+            hopper = calls.once("hopper", lambda: fits and _is_for_hopper(scale, v))
+            chunk = 64 if hopper else run_config(k.shape[3], v.shape[3], v.dtype).chunk
+            operand = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+            found = frames.enter(q, k, gate, pieces, block, chunk, operand, calls)
+            q, k = found.q, found.k
+        table = calls.once("pieces", lambda: tables.piece_rows(pieces, block, chunk, v))
+        blocks = calls.once("blocks", lambda: tables.cut_rows(pieces, block, chunk, v))
+        made = q, k, v, gate, found, table, blocks
+        return _Prepared(self.decay, scale, pieces, calls, hopper, chunk, given, *made)
 
     def scan(
         self,
@@ -79,261 +83,273 @@ class TritonLinear:
         *,
         backwards: bool,
     ) -> Tensor:
-        runs = pieces.backward if backwards else pieces.forward
         leaving = torch.zeros_like(arriving)
-        if not runs:
+        table = tables.run_rows(pieces, backwards, B)
+        if not len(table):
             return leaving
-        name = "backward" if backwards else "forward"
-        table = pieces.table(name, lambda: [run.row for run in runs], B.device)
-        batch, summaries, heads, DY, DZ = B.shape
-        rows = 8
-        scan_kernel[(len(runs) * batch * heads * triton.cdiv(DY, rows),)](
-            A,
-            B,
-            arriving,
-            B if states is None else states,
-            leaving,
-            table,
-            batch,
-            summaries,
-            0 if states is None else states.shape[1],
-            arriving.shape[1],
-            HEADS=heads,
-            DY=DY,
-            DZ=DZ,
-            BY=rows,
-            PADDED=triton.next_power_of_2(DZ),
-            DECAY=self._along("key"),
-            STEP=-1 if backwards else 1,
-            STORE=states is not None,
-        )
+        filled = B if states is None else states
+        calls = plan(pieces, self.decay, states is None, backwards, B, arriving, filled)
+
+        def make() -> Launch:
+            batch, summaries, heads, DY, DZ = B.shape
+            rows = 8
+            return Launch(
+                scan_kernel,
+                len(table) * batch * heads * triton.cdiv(DY, rows),
+                [batch, summaries, filled.shape[1], arriving.shape[1]],
+                HEADS=heads,
+                DY=DY,
+                DZ=DZ,
+                BY=rows,
+                PADDED=triton.next_power_of_2(DZ),
+                DECAY="key" if self.decay == "diagonal" else self.decay,
+                STEP=-1 if backwards else 1,
+                STORE=states is not None,
+            )
+
+        calls.once("scan", make)(A, B, arriving, filled, leaving, table)
         return leaving
 
-    def run(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Sequence[Tensor],
-        scale: float,
-        pieces: Pieces,
-        entering: Late,
-    ) -> Tensor:
-        hopper = self._is_for_hopper(scale, q, k, v)
-        return self._run("o", (q, k, v), gates, scale, pieces, hopper, entering())
+
+@dataclass(frozen=True)
+class _Gate:
+    """What the passes of dq and dk leave for the gradient of the decays (see the kernels)."""
+
+    shares: dict[str, Tensor]  # of scalar decay, [B, H, lines, T]
+    flows: Tensor  # [B, H, lines, blocks], or of diagonal decay [B, blocks, H, K]
+    saved: Tensor  # states at the ends of blocks, [B, saves, H, K, V]
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """Implements `seqpar.kernels.family.Prepared`.
+
+    calls: what calls alike share. chunk: tokens of the longest frame. given: the q and k of the
+    call; with diagonal decay q and k are those of `frames`, at v's heads. table, blocks: rows for
+    pieces, and blocks of the gradient of the decays (tables.py).
+    """
+
+    decay: str
+    scale: float
+    pieces: Pieces
+    calls: Plan
+    hopper: bool
+    chunk: int
+    given: tuple[Tensor, Tensor]
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gate: Tensor
+    frames: Frames | None
+    table: Tensor
+    blocks: Tensor
+
+    def summarize(self) -> tuple[Tensor, Tensor]:
+        return self._fold(self.k, self.v, 1.0, reverse=False)
+
+    def run(self, entering: Late) -> Tensor:
+        return self._run("o", (self.q, self.k, self.v), entering())
+
+    def summarize_backward(self, do: Tensor) -> tuple[Tensor, Tensor]:
+        return self._fold(self.q, do, self.scale, reverse=True)
 
     def run_backward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Sequence[Tensor],
-        scale: float,
-        pieces: Pieces,
-        entering: Tensor,
-        do: Tensor,
-        leaving: Late,
-        wanted: Sequence[bool],
+        self, entering: Tensor, do: Tensor, leaving: Late, wanted: Sequence[bool]
     ) -> list[Tensor | None]:
-        hopper = self._is_for_hopper(scale, q, k, v, do)
-        gate = self._gate(k, v, pieces, hopper) if any(wanted) else None
-        rest = gates, scale, pieces, hopper
-        dq = self._run("dq", (do, v, k), *rest, entering, q, gate)
+        q, k, v = self.q, self.k, self.v
+        gate = self._gate() if self.frames is not None or any(wanted) else None
+        dq = self._run("dq", (do, v, k), entering, q, gate)
         adjoints = leaving()
-        dk = self._run("dk", (v, do, q), *rest, adjoints, k, gate)
-        dv = self._run("dv", (k, q, do), *rest, adjoints)
-        gradients: list[Tensor | None] = [_ungroup(dq, q), _ungroup(dk, k), dv]
-        if gate is not None:
-            gradients.append(self._d_gate(gate, v, pieces).to(gates[0].dtype))
-        elif gates:
-            gradients.append(None)
-        return gradients
+        dk = self._run("dk", (v, do, q), adjoints, k, gate)
+        dv = self._run("dv", (k, q, do), adjoints)
+        found: list[Tensor | None] = []
+        if self.frames is not None and gate is not None:
+            rest = self.gate, gate.flows, self.blocks, self.given[0].dtype, self.calls
+            dq, dk, d_gate = frames.leave(self.frames, dq, dk, *rest)
+            found = [d_gate.to(self.gate.dtype)]
+        elif gate is not None:
+            found = [self._d_gate(gate).to(self.gate.dtype)]
+        elif self.decay != "none":
+            found = [None]
+        return [*map(_ungroup, (dq, dk), self.given), dv, *found]
 
-    def _along(self, axis: str) -> str:
-        return axis if self.decay == "diagonal" else self.decay
-
-    def _gate(self, k: Tensor, v: Tensor, pieces: Pieces, hopper: bool) -> _Gate:
-        batch, tokens, heads, V = v.shape
-        K = k.shape[-1]
+    def _gate(self) -> _Gate:
+        batch, tokens, heads, V = self.v.shape
+        K = self.k.shape[-1]
 
         def empty(*shape: int) -> Tensor:
-            return torch.empty(batch, *shape, dtype=torch.float32, device=k.device)
+            return torch.empty(batch, *shape, dtype=torch.float32, device=self.v.device)
 
-        blocks, saves = pieces.once("saves", lambda: _blocks(pieces))
-        saved = empty(saves, heads, K, V)
+        saved = empty(tables.saves(self.pieces, BLOCK[self.decay]), heads, K, V)
         if self.decay == "diagonal":
-            shares = empty(tokens, heads, K)
-            chunks = BLOCK // run_config(V, K, k.dtype).chunk
-            pulls = empty(len(blocks), chunks, heads, K)
-            return _Gate({"dq": shares, "dk": shares}, pulls, saved)
-        lines = K // 16 if hopper else triton.cdiv(K, run_config(V, K, k.dtype).columns)
-        shares, others = (empty(heads, lines, tokens) for _ in range(2))
-        return _Gate({"dq": shares, "dk": others}, empty(heads, lines, len(blocks)), saved)
+            return _Gate({}, empty(len(self.blocks), heads, K), saved)
+        columns = run_config(V, K, self.k.dtype).columns
+        lines = K // 16 if self.hopper else triton.cdiv(K, columns)
+        shares = {name: empty(heads, lines, tokens) for name in ("dq", "dk")}
+        return _Gate(shares, empty(heads, lines, len(self.blocks)), saved)
 
-    def _d_gate(self, gate: _Gate, v: Tensor, pieces: Pieces) -> Tensor:
-        """The gradient of the decays, [B, T, H, 1 or K]."""
-        if self.decay == "diagonal":
-            return gate.shares["dk"]
-        batch, tokens, heads, _ = v.shape
-        d_gate = torch.empty(batch, tokens, heads, 1, dtype=torch.float32, device=v.device)
-        table = pieces.table("blocks", lambda: _blocks(pieces)[0], v.device)
-        gate_kernel[(len(table) * heads * batch,)](
-            gate.shares["dq"],
-            gate.shares["dk"],
-            gate.flows,
-            d_gate,
-            table,
-            tokens,
-            len(table),
-            HEADS=heads,
-            LINES=gate.flows.shape[2],
-            SIZE=BLOCK,
-        )
+    def _d_gate(self, gate: _Gate) -> Tensor:
+        """The gradient of scalar decays, [B, T, H, 1]."""
+        batch, tokens, heads, _ = self.v.shape
+        d_gate = torch.empty(batch, tokens, heads, 1, dtype=torch.float32, device=self.v.device)
+
+        def make() -> Launch:
+            return Launch(
+                gate_kernel,
+                len(self.blocks) * heads * batch,
+                [tokens, len(self.blocks)],
+                HEADS=heads,
+                LINES=gate.flows.shape[2],
+                SIZE=BLOCK[self.decay],
+            )
+
+        tensors = gate.shares["dq"], gate.shares["dk"], gate.flows, d_gate, self.blocks
+        self.calls.once("d_gate", make)(*tensors)
         return d_gate
 
-    def _is_for_hopper(self, scale: float, *operands: Tensor) -> bool:
-        if not is_hopper(operands[0].device):
-            return False
-        from seqpar.kernels.hopper import fits
-
-        return scale > 0 and fits(self.decay, *operands)
-
-    def _fold(
-        self,
-        y: Tensor,
-        z: Tensor,
-        gates: Sequence[Tensor],
-        scale: float,
-        table: Tensor,
-        *,
-        reverse: bool,
-    ) -> tuple[Tensor, Tensor]:
-        y, z = _dense(y), _dense(z)
+    def _fold(self, y: Tensor, z: Tensor, scale: float, *, reverse: bool) -> tuple[Tensor, Tensor]:
         batch, _, heads, DZ = z.shape
-        DY, pieces = y.shape[-1], len(table)
-        gate = _dense(gates[0]) if gates else y
-        width = {"none": 0, "scalar": 1, "diagonal": DY}[self.decay]
-        A = z.new_empty(batch, pieces, heads, width, int(width > 0), dtype=torch.float32)
-        B = z.new_empty(batch, pieces, heads, DY, DZ, dtype=torch.float32)
-        config = fold_config(DY, DZ, z.dtype, self.decay == "diagonal")
-        blocks = triton.cdiv(DY, config.rows) * triton.cdiv(DZ, config.columns)
-        operand, precision = _operand(z.dtype)
-        if not pieces:
-            return A, B
-        fold_kernel[(blocks * heads * batch * pieces,)](
-            y,
-            z,
-            gate,
-            A,
-            B,
-            table,
-            scale,
-            batch,
-            *y.stride()[:3],
-            *z.stride()[:3],
-            *gate.stride()[:3],
-            HEADS=heads,
-            Y_GROUP=heads // y.shape[2],
-            Z_GROUP=1,
-            DY=DY,
-            DZ=DZ,
-            BY=config.rows,
-            BZ=config.columns,
-            C=config.chunk,
-            DECAY=self._along("key"),
-            REVERSE=reverse,
-            OPERAND=operand,
-            PRECISION=precision,
-            num_warps=config.warps,
-            STAGES=config.stages,
+        DY = y.shape[-1]
+        config = fold_config(DY, DZ, z.dtype)
+        chunk = self.chunk if self.frames else config.chunk
+        table = self.calls.once(
+            ("summaries", reverse), lambda: tables.summary_rows(self.pieces, reverse, chunk, z)
         )
+        width = {"none": 0, "scalar": 1, "diagonal": DY}[self.decay]
+        summaries = len(table)
+        A = z.new_empty(batch, summaries, heads, width, int(width > 0), dtype=torch.float32)
+        B = z.new_empty(batch, summaries, heads, DY, DZ, dtype=torch.float32)
+        if not summaries:
+            return A, B
+
+        def make() -> Launch:
+            blocks = triton.cdiv(DY, config.rows) * triton.cdiv(DZ, config.columns)
+            chunks = self.frames.levels.shape[1] if self.frames else 0
+            operand, precision = _operand(z.dtype)
+            return Launch(
+                fold_kernel,
+                blocks * heads * batch * summaries,
+                [
+                    scale,
+                    batch,
+                    len(self.table),
+                    chunks,
+                    *y.stride()[:3],
+                    *z.stride()[:3],
+                    *self.gate.stride()[:3],
+                ],
+                HEADS=heads,
+                Y_GROUP=heads // y.shape[2],
+                Z_GROUP=1,
+                DY=DY,
+                DZ=DZ,
+                BY=config.rows,
+                BZ=config.columns,
+                C=chunk,
+                DECAY="key" if self.decay == "diagonal" else self.decay,
+                REVERSE=reverse,
+                OPERAND=operand,
+                PRECISION=precision,
+                num_warps=config.warps,
+                STAGES=config.stages,
+            )
+
+        fold = self.calls.once(("fold", reverse, z.stride()), make)
+        fold(y, z, self.gate, *self._framed, A, B, table)
         return A, B
+
+    @property
+    def _framed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """halves, steps and counts of the frames; any tensors where there are none."""
+        if self.frames is None:
+            return self.table, self.table, self.table
+        return self.frames.halves, self.frames.steps, self.frames.counts
 
     def _run(
         self,
         name: str,
         operands: tuple[Tensor, Tensor, Tensor],
-        gates: Sequence[Tensor],
-        scale: float,
-        pieces: Pieces,
-        hopper: bool,
         states: Tensor,
         other: Tensor | None = None,
         gate: _Gate | None = None,
     ) -> Tensor:
         """One of the passes "o", "dv", "dq", "dk" (see the kernels), at v's heads."""
-        x, y, z = (_dense(operand) for operand in operands)
-        heads = max(operand.shape[2] for operand in (x, y, z))
-        out = torch.empty(*x.shape[:2], heads, z.shape[-1], dtype=z.dtype, device=z.device)
+        x, y, z = operands
+        if other is None or self.frames is not None:
+            other = z
         transposed = name in ("dq", "dk")
-        launch = Pass(
-            x,
-            y,
-            z,
-            x if other is None else _dense(other),
-            _dense(gates[0]) if gates else x,
-            states,
-            states if gate is None else gate.saved,
-            out,
-            states if gate is None else gate.shares[name],
-            states if gate is None else gate.flows,
-            pieces.table("run", lambda: _run_rows(pieces), x.device),
-            len(pieces.once("saves", lambda: _blocks(pieces))[0]),
-            scale,
-            self._along("value" if transposed else "key"),
-            reverse=name in ("dv", "dk"),
-            transposed=transposed,
-            gated=gate is not None,
-        )
-        if hopper:
-            from seqpar.kernels.hopper import run_hopper
+        dtype = torch.float32 if self.frames and transposed else self.v.dtype
+        heads = self.v.shape[2]
+        out = torch.empty(*x.shape[:2], heads, z.shape[-1], dtype=dtype, device=z.device)
+        saved = shares = flows = states
+        if gate is not None:
+            saved, flows, shares = gate.saved, gate.flows, gate.shares.get(name, states)
 
-            run_hopper(launch)
-        else:
-            self._launch(launch)
+        def make() -> Callable[..., None]:
+            p = Pass(
+                x,
+                y,
+                z,
+                other,
+                self.gate,
+                states,
+                saved,
+                out,
+                self.table,
+                BLOCK[self.decay],
+                len(self.blocks),
+                self.scale,
+                {"diagonal": "value" if transposed else "key"}.get(self.decay, self.decay),
+                reverse=name in ("dv", "dk"),
+                transposed=transposed,
+                gated=gate is not None,
+                frames=self.frames,
+            )
+            if not self.hopper:
+                return _general_launch(p)
+            from seqpar.kernels.hopper import hopper_launch
+
+            return hopper_launch(p)
+
+        run = self.calls.once((name, gate is None, states.shape[1]), make)
+        run(x, y, z, other, out, self.gate, states, saved, shares, flows, *self._framed, self.table)
         return out
 
-    def _launch(self, p: Pass) -> None:
-        batch, _, heads, DZ = p.out.shape
-        DY = p.y.shape[-1]
-        config = run_config(DY, DZ, p.x.dtype)
-        operand, precision = _operand(p.x.dtype)
-        run_kernel[(triton.cdiv(DZ, config.columns) * heads * batch * len(p.table),)](
-            p.x,
-            p.y,
-            p.z,
-            p.gate,
-            p.other,
-            p.entering,
-            p.saved,
-            p.out,
-            p.shares,
-            p.flows,
-            p.table,
-            p.scale,
-            *p.sizes,
-            *p.x.stride()[:3],
-            *p.y.stride()[:3],
-            *p.z.stride()[:3],
-            *p.other.stride()[:3],
-            *p.gate.stride()[:3],
-            *p.state_strides,
-            HEADS=heads,
-            DY=DY,
-            DZ=DZ,
-            BY=padded(DY),
-            BZ=config.columns,
-            C=config.chunk,
-            DECAY=p.decay,
-            REVERSE=p.reverse,
-            GATE=p.gated,
-            OPERAND=operand,
-            PRECISION=precision,
-            EVERY=BLOCK // config.chunk,
-            STAGES=config.stages,
-            num_warps=config.warps,
-            **p.groups,
-        )
+
+def _general_launch(p: Pass) -> Launch:
+    batch, _, heads, DZ = p.out.shape
+    DY = p.y.shape[-1]
+    config = run_config(DY, DZ, p.x.dtype)
+    operand, precision = _operand(p.x.dtype)
+    strides = (stride for x in (p.x, p.y, p.z, p.other, p.gate) for stride in x.stride()[:3])
+    return Launch(
+        run_kernel,
+        triton.cdiv(DZ, config.columns) * heads * batch * len(p.table),
+        [*p.numbers, *strides, *p.state_strides],
+        HEADS=heads,
+        **p.groups,
+        DY=DY,
+        DZ=DZ,
+        BY=padded(DY),
+        BZ=config.columns,
+        C=p.frames.chunk if p.frames else config.chunk,
+        DECAY=p.decay,
+        REVERSE=p.reverse,
+        GATE=p.gated,
+        OPERAND=operand,
+        PRECISION=precision,
+        SPAN=p.block,
+        STAGES=config.stages,
+        num_warps=config.warps,
+    )
+
+
+def _is_for_hopper(scale: float, *operands: Tensor) -> bool:
+    if not is_hopper(operands[0].device):
+        return False
+    from seqpar.kernels.hopper import fits
+
+    return scale > 0 and fits(*operands)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -349,43 +365,5 @@ def _ungroup(dx: Tensor, x: Tensor) -> Tensor:
 
 
 def _operand(dtype: torch.dtype) -> tuple[tl.dtype, str]:
-    """What products are formed in. fp16 could hold neither the state nor a block's factors."""
+    """What products are formed in. fp16 could hold neither the state nor a frame's factors."""
     return (tl.bfloat16, "ieee") if dtype == torch.bfloat16 else (tl.float32, "tf32x3")
-
-
-def _starts(pieces: Pieces, which: Iterable[int]) -> list[tuple[int, int]]:
-    spans = [pieces.spans[i] for i in which]
-    return [(start, stop - start) for start, stop in spans]
-
-
-def _blocks(pieces: Pieces) -> tuple[list[tuple[int, int]], int]:
-    """First token and tokens of each block, and how many of them save a state."""
-    blocks, saves = [], 0
-    for start, stop, _, _, saved in _cut(pieces):
-        firsts = range(start, stop, BLOCK)
-        blocks += [(first, min(BLOCK, stop - first)) for first in firsts]
-        saves += saved
-    return blocks, saves
-
-
-def _cut(pieces: Pieces) -> Iterator[tuple[int, int, int, int, int]]:
-    """Each piece's start, stop, number, blocks, and how many of these save a state.
-
-    At the end of a piece that no state leaves none is needed: its gradient is zero.
-    """
-    left = set(pieces.left)
-    for i, (start, stop) in enumerate(pieces.spans):
-        count = triton.cdiv(stop - start, BLOCK)
-        yield start, stop, i, count, count if i in left else count - 1
-
-
-def _run_rows(pieces: Pieces) -> list[tuple[int, ...]]:
-    entered = {piece: slot for slot, piece in enumerate(pieces.entered)}
-    left = {piece: slot for slot, piece in enumerate(pieces.left)}
-    rows: list[tuple[int, ...]] = []
-    blocks, saves = 0, 0
-    for start, stop, i, count, saved in _cut(pieces):
-        slots = entered.get(i, -1), left.get(i, -1)
-        rows.append((start, stop - start, *slots, blocks, saves, saves + saved))
-        blocks, saves = blocks + count, saves + saved
-    return rows

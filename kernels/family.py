@@ -9,8 +9,30 @@ from seqpar.kernels.pieces import Late, Pieces
 from seqpar.kernels.transition import Transition
 
 
+class Prepared(Protocol):
+    """The functions of one family of recurrences, for inputs made ready by `Family.prepare`."""
+
+    def summarize(self) -> tuple[Tensor, Tensor]:
+        """The map S_out = A S_in + B of each piece that a state leaves: A [B, left, HV, ...], B."""
+
+    def run(self, entering: Late) -> Tensor:
+        """o, given the state that enters each piece of `pieces.entered`, asked for late."""
+
+    def summarize_backward(self, do: Tensor) -> tuple[Tensor, Tensor]:
+        """The map dS_in = Aᵀ dS_out + dB of each piece that a state enters: Aᵀ, dB."""
+
+    def run_backward(
+        self, entering: Tensor, do: Tensor, leaving: Late, wanted: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Gradients of q, k, v and each gate; the last call.
+
+        entering: the states that entered; leaving: hands over the gradients of those that left,
+        when needed. wanted: of which gates a gradient is wanted; None may stand for the others.
+        """
+
+
 class Family(Protocol):
-    """The functions of one family of recurrences, over tensors [B, T, H, D] on one device.
+    """One family of recurrences, over tensors [B, T, H, D] on one device.
 
     q, k [B, T, H, K]; v, o, do [B, T, HV, V], HV a multiple of H (grouped heads); gates [B, T, HV,
     D'] each; scale multiplies q. States are [B, slots, HV, K, V] in fp32, or fp64 for fp64 inputs,
@@ -24,10 +46,16 @@ class Family(Protocol):
     def piece_tokens(self, k: Tensor, v: Tensor) -> int | None:
         """How many tokens a piece should have at most; None: leave runs whole."""
 
-    def summarize(
-        self, k: Tensor, v: Tensor, gates: Sequence[Tensor], pieces: Pieces
-    ) -> tuple[Tensor, Tensor]:
-        """The map S_out = A S_in + B of each piece that a state leaves: A [B, left, HV, ...], B."""
+    def prepare(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Sequence[Tensor],
+        scale: float,
+        pieces: Pieces,
+    ) -> Prepared:
+        """What the functions of one direction share."""
 
     def scan(
         self,
@@ -44,47 +72,4 @@ class Family(Protocol):
         arriving [B, ranges, HV, K, V]: those that come from other ranks, where a run begins with
         one. Fills in `states`, those that enter pieces (backwards: gradients of those that leave),
         unless it is None. Returns what leaves each range [B, ranges, ...], where a run ends so.
-        """
-
-    def run(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Sequence[Tensor],
-        scale: float,
-        pieces: Pieces,
-        entering: Late,
-    ) -> Tensor:
-        """o, given the state that enters each piece of `pieces.entered`, asked for late."""
-
-    def summarize_backward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Sequence[Tensor],
-        scale: float,
-        pieces: Pieces,
-        do: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """The map dS_in = Aᵀ dS_out + dB of each piece that a state enters: Aᵀ, dB."""
-
-    def run_backward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Sequence[Tensor],
-        scale: float,
-        pieces: Pieces,
-        entering: Tensor,
-        do: Tensor,
-        leaving: Late,
-        wanted: Sequence[bool],
-    ) -> list[Tensor | None]:
-        """Gradients of q, k, v and each gate.
-
-        entering: the states that entered; leaving: hands over the gradients of those that left,
-        when needed. wanted: of which gates a gradient is wanted; None may stand for the others.
         """

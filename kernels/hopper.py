@@ -1,6 +1,6 @@
-"""The run kernel for Hopper, launched: which calls it takes, and its tensor descriptors."""
+"""The run kernel for Hopper: which calls it takes, and its launch with tensor descriptors."""
 
-from functools import cache
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,67 +9,52 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from seqpar.kernels.hopper_kernels import run_hopper_kernel
+from seqpar.kernels.launch import Launch
 from seqpar.kernels.passes import Pass
-from seqpar.kernels.tuned import BLOCK
 
 CHUNK = 64
-DTYPES = {torch.bfloat16: gl.bfloat16}
+WIDTHS = (64, 128)
+DTYPES = {torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 
 
-def fits(decay: str, *operands: Tensor) -> bool:
-    """Whether the kernel takes these: no or scalar decay, bf16, heads of 64 or 128 channels."""
-    return (
-        decay != "diagonal"
-        and operands[0].dtype in DTYPES
-        and all(x.shape[-1] in (64, 128) and _is_matrix(x) for x in operands)
+def fits(*operands: Tensor) -> bool:
+    """Whether the kernel takes these: bf16, heads of 64 or 128 channels."""
+    return operands[0].dtype == torch.bfloat16 and all(
+        x.shape[-1] in WIDTHS and _is_matrix(x) for x in operands
     )
 
 
-def run_hopper(p: Pass) -> None:
-    """Launch one pass.
-
-    Triton finds the compiled kernel by the types and values of all arguments, for tensor
-    descriptors by name, in longer than the kernel runs on short inputs. Here the constants decide.
-    """
+def hopper_launch(p: Pass) -> Callable[..., None]:
+    """The launch of one pass; takes x, y, z, other, out and the kernel's further tensors."""
     batch, _, heads, DZ = p.out.shape
-    arguments = (
-        *(_matrix(x) for x in (p.x, p.y, p.z, p.other if p.gated else p.z, p.out)),
-        p.gate,
-        p.entering,
-        p.saved,
-        p.out,
-        p.shares,
-        p.flows,
-        p.table,
-        p.scale,
-        *p.sizes,
-        *(x.stride(2) for x in (p.x, p.y, p.z, p.other)),
-        *p.gate.stride()[:3],
-        *p.state_strides,
-    )
-    constants = {
-        "HEADS": heads,
+    launch = Launch(
+        run_hopper_kernel,
+        heads * batch * len(p.table),
+        [
+            *p.numbers,
+            *(x.stride(2) for x in (p.x, p.y, p.z, p.other)),
+            *p.gate.stride()[:3],
+            *p.state_strides,
+        ],
+        HEADS=heads,
         **p.groups,
-        "DY": p.y.shape[-1],
-        "DZ": DZ,
-        "C": CHUNK,
-        "DECAY": p.decay,
-        "REVERSE": p.reverse,
-        "GATE": p.gated,
-        "EVERY": BLOCK // CHUNK,
-        "STAGES": 3,
-        "num_warps": DZ // 16,
-    }
-    grid = heads * batch * len(p.table), 1, 1
-    types = p.x.dtype, p.gate.dtype, max(p.gate.stride()) < 2**31
-    key = torch.cuda.current_device(), *types, *constants.values()
-    if key in _compiled:
-        _compiled[key][grid](*arguments, *constants.values())
-    else:
-        _compiled[key] = run_hopper_kernel[grid](*arguments, **constants)
+        DY=p.y.shape[-1],
+        DZ=DZ,
+        C=CHUNK,
+        DECAY=p.decay,
+        REVERSE=p.reverse,
+        GATE=p.gated,
+        SPAN=p.block,
+        STAGES=3,
+        num_warps=DZ // 16,
+    )
+    forms = [_form(x) for x in (p.x, p.y, p.z, p.other, p.out)]
 
+    def run(x: Tensor, y: Tensor, z: Tensor, other: Tensor, out: Tensor, *rest: Tensor) -> None:
+        tiled = map(_descriptor, forms, (x, y, z, other, out))
+        launch(*tiled, out, *rest)
 
-_compiled: dict[tuple[object, ...], Any] = {}
+    return run
 
 
 def _is_matrix(x: Tensor) -> bool:
@@ -80,14 +65,17 @@ def _is_matrix(x: Tensor) -> bool:
     return x.stride(3) == 1 and rows and aligned and x.stride(1) > 0 and x.stride(2) > 0
 
 
-def _matrix(x: Tensor) -> TensorDescriptor:
+def _form(x: Tensor) -> dict[str, Any]:
+    """All of a tensor's descriptor but the tensor."""
     batch, tokens, heads, dim = x.shape
     columns = (heads - 1) * x.stride(2) + dim
-    layout = _layout(x.dtype, dim)
-    return TensorDescriptor(x, [batch * tokens, columns], [x.stride(1), 1], [CHUNK, dim], layout)
+    layout = gl.NVMMASharedLayout.get_default_for([CHUNK, dim], DTYPES[x.dtype])
+    shape, strides = [batch * tokens, columns], [x.stride(1), 1]
+    return vars(TensorDescriptor(x, shape, strides, [CHUNK, dim], layout)) | {"base": None}
 
 
-@cache
-def _layout(dtype: torch.dtype, dim: int) -> gl.NVMMASharedLayout:
-    """How a tile lies in shared memory."""
-    return gl.NVMMASharedLayout.get_default_for([CHUNK, dim], DTYPES[dtype])
+def _descriptor(form: dict[str, Any], x: Tensor) -> TensorDescriptor:
+    """A descriptor that need not be checked again."""
+    made = object.__new__(TensorDescriptor)
+    vars(made).update(form, base=x)
+    return made

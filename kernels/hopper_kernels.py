@@ -1,11 +1,12 @@
-"""The run kernel of decay_kernels.py for Hopper, with no or scalar decay: same passes, same table.
+"""The run kernel of decay_kernels.py for Hopper: the same passes, the same table.
 
 Written in Gluon, for the order of things matters here: tiles arrive by the copy engine some chunks
 ahead, the state stays in registers both as accumulator and as operand, and the scores of the next
 chunk are formed while this one's output is stored. The state is held transposed, [DZ, DY], so that
 each of its warpgroups owns 64 columns of z; scores are [j, i].
 
-Sums for the gradient of the decays stay within a warp, one line of `shares` and `pulls` for each.
+Sums for the gradient of scalar decays stay within a warp, which has a line of its own in `shares`
+and `flows`.
 """
 
 from triton.experimental import gluon
@@ -38,18 +39,18 @@ def _load(
     yc,
     zc,
     wc,
-    GATE: gl.constexpr,
+    SHARES: gl.constexpr,
 ):
     """Start copying one chunk's tiles into a slot of the ring."""
     size: gl.constexpr = x.block_type.nbytes + y.block_type.nbytes + z.block_type.nbytes
-    if GATE:
+    if SHARES:
         mbarrier.expect(ready.index(slot), size + w.block_type.nbytes)
     else:
         mbarrier.expect(ready.index(slot), size)
     tma.async_copy_global_to_shared(x, [row, xc], ready.index(slot), x_tiles.index(slot))
     tma.async_copy_global_to_shared(y, [row, yc], ready.index(slot), y_tiles.index(slot))
     tma.async_copy_global_to_shared(z, [row, zc], ready.index(slot), z_tiles.index(slot))
-    if GATE:
+    if SHARES:
         tma.async_copy_global_to_shared(w, [row, wc], ready.index(slot), w_tiles.index(slot))
 
 
@@ -96,14 +97,26 @@ def _write_lines(lines, first, decays, log_scale, REVERSE: gl.constexpr):
 
 
 @gluon.jit
+def _entry(steps, step, count, C: gl.constexpr, FRAMED: gl.constexpr, REVERSE: gl.constexpr):
+    """The chunk of a step, or its frame: (first token / 8) * 4 + level; any beyond the last."""
+    turn = step
+    if REVERSE:
+        turn = count - 1 - step
+    if FRAMED:
+        return gl.load(steps + turn, mask=step < count, other=0)
+    return turn * (C // 2)
+
+
+@gluon.jit
 def _add(a, b):
     return a + b
 
 
 # Nothing is specialised by value: one compiled kernel a set of constants (see hopper.py).
-NUMBERS = ["scale", "batches", "tokens", "blocks", "slots", "saves", "xh", "yh", "zh", "wh"]
-NUMBERS += ["gb", "gt", "gh", "state_row", "state_col"]
-POINTERS = ["gate", "entering", "saved", "out_pointer", "shares", "flows", "table"]
+NUMBERS = ["scale", "batches", "tokens", "blocks", "slots", "saves", "chunks"]
+NUMBERS += ["xh", "yh", "zh", "wh", "gb", "gt", "gh", "state_row", "state_col"]
+POINTERS = ["gate", "entering", "saved", "out_pointer", "shares", "flows"]
+POINTERS += ["halves", "steps", "counts", "table"]
 
 
 @gluon.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=POINTERS)
@@ -113,12 +126,15 @@ def run_hopper_kernel(
     z,
     other,
     out,
+    out_pointer,
     gate,
     entering,
     saved,
-    out_pointer,
     shares,
     flows,
+    halves,
+    steps,
+    counts,
     table,
     scale,
     batches,
@@ -126,6 +142,7 @@ def run_hopper_kernel(
     blocks,
     slots,
     saves,
+    chunks,
     xh,
     yh,
     zh,
@@ -146,23 +163,34 @@ def run_hopper_kernel(
     DECAY: gl.constexpr,
     REVERSE: gl.constexpr,
     GATE: gl.constexpr,
-    EVERY: gl.constexpr,
+    SPAN: gl.constexpr,
     STAGES: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     """x, y [B*T, columns], heads `xh`, `yh` columns apart, in tiles [C, DY]; z, out likewise."""
     dtype: gl.constexpr = x.dtype
+    FRAMED: gl.constexpr = DECAY == "key" or DECAY == "value"
+    SHARES: gl.constexpr = GATE and not FRAMED
     pid = gl.program_id(0)
     head = pid % HEADS
     batch = pid // HEADS % batches
     piece = pid // HEADS // batches
-    start = gl.load(table + 7 * piece)
-    length = gl.load(table + 7 * piece + 1)
+    start = gl.load(table + 8 * piece)
+    length = gl.load(table + 8 * piece + 1)
     if REVERSE:
-        slot = gl.load(table + 7 * piece + 3)
+        slot = gl.load(table + 8 * piece + 3)
     else:
-        slot = gl.load(table + 7 * piece + 2)
+        slot = gl.load(table + 8 * piece + 2)
     count = (length + C - 1) // C
+    if FRAMED:
+        first_chunk = gl.load(table + 8 * piece + 7).to(gl.int64)
+        pieces = gl.num_programs(0) // HEADS // batches
+        of_head = batch.to(gl.int64) * HEADS + head
+        count = gl.load(counts + of_head * pieces + piece)
+        steps += (of_head * chunks + first_chunk) * (C // 8)
+        DECAYED: gl.constexpr = DY if DECAY == "key" else DZ
+        first_slot = (batch.to(gl.int64) * chunks + first_chunk) * (C // 8)
+        halves += (first_slot * HEADS + head) * DECAYED
 
     # [DZ, DY], [DZ, C], [C, C]: each warpgroup has 64 rows of the first two, half the columns of
     # the last
@@ -180,16 +208,20 @@ def run_hopper_kernel(
     x_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, DY], x.layout)
     y_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, DY], y.layout)
     z_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, DZ], z.layout)
-    if GATE:
+    if SHARES:
         w_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, DZ], other.layout)
     else:
         w_tiles = z_tiles
-    out_tiles = gl.allocate_shared_memory(dtype, [1, C, DZ], out.layout)
+    out_tiles = gl.allocate_shared_memory(out.dtype, [1, C, DZ], out.layout)
     score_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], dtype)
     score_tiles = gl.allocate_shared_memory(dtype, [1, C, C], score_layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     if DECAY == "scalar":
         lines = gl.allocate_shared_memory(gl.float32, [8, C], FLAT)
+    elif FRAMED:
+        lines = gl.allocate_shared_memory(gl.float32, [2, DECAYED], FLAT)
+        CHANNELS: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+        halves += gl.arange(0, DECAYED, CHANNELS)
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
 
@@ -204,23 +236,27 @@ def run_hopper_kernel(
         if REVERSE:
             state = state / scale
     if GATE:
+        first_save = gl.load(table + 8 * piece + 5)
+        piece_saves = gl.load(table + 8 * piece + 6) - first_save
+        saved += ((batch.to(gl.int64) * saves + first_save) * HEADS + head) * SIZE
+        saved_at = z_index[:, None] * DY + y_index[None, :]
+        first_block = gl.load(table + 8 * piece + 4)
+        if FRAMED:
+            flows += ((batch.to(gl.int64) * blocks + first_block) * HEADS + head) * DZ
+    if SHARES:
         # a line of its own for each warp, for sums within a warp need no barrier
         WARPS: gl.constexpr = gl.BlockedLayout([1, C // 32], [1, 32], [num_warps, 1], [1, 0])
         warp = gl.arange(0, num_warps, gl.SliceLayout(1, WARPS))
         line_of_head = (batch.to(gl.int64) * HEADS + head) * num_warps
         shares += line_of_head * tokens + start
-        flows += line_of_head * blocks + gl.load(table + 7 * piece + 4)
-        first_save = gl.load(table + 7 * piece + 5)
-        piece_saves = gl.load(table + 7 * piece + 6) - first_save
-        saved += ((batch.to(gl.int64) * saves + first_save) * HEADS + head) * SIZE
-        saved_at = z_index[:, None] * DY + y_index[None, :]
+        flows += line_of_head * blocks + first_block
 
-    # one chunk after the other in the direction of the run
-    step_rows = C
-    first = 0
-    if REVERSE:
-        step_rows = -C
-        first = (count - 1) * C
+    # one chunk after the other in the direction of the run; three are on their way
+    gl.static_assert(STAGES == 3)
+    entry = _entry(steps, 0, count, C, FRAMED, REVERSE)
+    coming_entry = _entry(steps, 1, count, C, FRAMED, REVERSE)
+    loaded_entry = _entry(steps, 2, count, C, FRAMED, REVERSE)
+    wanted_entry = _entry(steps, 3, count, C, FRAMED, REVERSE)
     origin = batch * tokens + start
     xc = head // X_GROUP * xh
     yc = head // Y_GROUP * yh
@@ -230,7 +266,7 @@ def run_hopper_kernel(
     out_pointer += (origin.to(gl.int64) * HEADS + head) * DZ
     for i in gl.static_range(STAGES):
         if i < count:
-            row = origin + first + i * step_rows
+            row = origin + _entry(steps, i, count, C, FRAMED, REVERSE) // 4 * 8
             _load(
                 x,
                 y,
@@ -247,7 +283,7 @@ def run_hopper_kernel(
                 yc,
                 zc,
                 wc,
-                GATE,
+                SHARES,
             )
 
     j_index = gl.arange(0, C, gl.SliceLayout(1, SCORES))
@@ -259,18 +295,27 @@ def run_hopper_kernel(
     no_scores = gl.zeros([C, C], gl.float32, SCORES)
     no_mixed = gl.zeros([DZ, C], gl.float32, MIXED)
 
+    first = entry // 4 * 8
+    size = gl.minimum(C >> entry % 4, length - first)
     log_scale = gl.log2(scale)
     decayed = 1.0
     if DECAY == "scalar":
+        step_rows = C
+        if REVERSE:
+            step_rows = -C
         decays = _decays(gate, first, length, gt, C, LINE)
         decayed = _write_lines(lines, 0, decays, log_scale, REVERSE)
         decays = _decays(gate, first + step_rows, length, gt, C, LINE)
+    elif FRAMED:
+        half = gl.load(halves + (entry // 4).to(gl.int64) * (HEADS * DECAYED))
+        lines.index(0).store(_exp2(half))
+        coming_half = gl.load(halves + (coming_entry // 4).to(gl.int64) * (HEADS * DECAYED))
     mbarrier.wait(ready.index(0), 0)
-    if first + C > length:
-        _clear(y_tiles.index(0), length - first, ROWS)
-        _clear(z_tiles.index(0), length - first, ROWS)
-        if GATE:
-            _clear(w_tiles.index(0), length - first, ROWS)
+    if size < C:
+        _clear(y_tiles.index(0), size, ROWS)
+        _clear(z_tiles.index(0), size, ROWS)
+        if SHARES:
+            _clear(w_tiles.index(0), size, ROWS)
         fence_async_shared()
     barrier()
     scores = warpgroup_mma(
@@ -281,23 +326,43 @@ def run_hopper_kernel(
     for step in range(count):
         ring = step % STAGES
         even = step % 2
-        here = first + step * step_rows
+        here = entry // 4 * 8
+        size = gl.minimum(C >> entry % 4, length - here)
+        following = coming_entry // 4 * 8
+        following_size = gl.minimum(C >> coming_entry % 4, length - following)
+        block = here // SPAN
+        ends = ((here + size) % SPAN == 0) | (here + size == length)
         x_tile = x_tiles.index(ring)
         y_tile = y_tiles.index(ring)
         z_tile = z_tiles.index(ring)
         if DECAY == "scalar":  # asked for two chunks ahead
             following_decays = _decays(gate, here + 2 * step_rows, length, gt, C, LINE)
+        elif FRAMED:
+            following_half = gl.load(halves + (loaded_entry // 4).to(gl.int64) * (HEADS * DECAYED))
+        later_entry = _entry(steps, step + 4, count, C, FRAMED, REVERSE)
 
-        # what the state that enters the chunk gives
         if GATE and REVERSE:
-            if (step == 0) | (here // C % EVERY == EVERY - 1):
-                flow = gl.zeros([num_warps], gl.float32, gl.SliceLayout(1, WARPS))
-                block = here // C // EVERY
+            if ends:
+                if SHARES:
+                    flow = gl.zeros([num_warps], gl.float32, gl.SliceLayout(1, WARPS))
+                else:
+                    flow = gl.zeros([DZ], gl.float32, gl.SliceLayout(1, STATE))
                 if block < piece_saves:
                     at_end = gl.load(saved + block.to(gl.int64) * (HEADS * SIZE) + saved_at)
-                    found = gl.reshape(gl.sum(at_end * state, 1), [num_warps, 16])
-                    flow = scale * gl.convert_layout(gl.sum(found, 1), gl.SliceLayout(1, WARPS))
-                gl.store(flows + block + warp * blocks, flow)
+                    found = scale * gl.sum(at_end * state, 1)
+                    if SHARES:
+                        found = gl.sum(gl.reshape(found, [num_warps, 16]), 1)
+                        flow = gl.convert_layout(found, gl.SliceLayout(1, WARPS))
+                    else:
+                        flow = found
+                if SHARES:
+                    gl.store(flows + block + warp * blocks, flow)
+                else:
+                    gl.store(flows + block * (HEADS * DZ) + z_index, flow)
+        if DECAY == "key":
+            state = state * lines.index(even).load(gl.SliceLayout(0, STATE))[None, :]
+        elif DECAY == "value":
+            state = state * lines.index(even).load(gl.SliceLayout(1, STATE))[:, None]
         high = state.to(dtype)
         mixed = warpgroup_mma(
             gl.convert_layout(high, STATE_OPERAND),
@@ -319,7 +384,7 @@ def run_hopper_kernel(
         # all are done with the chunk before: its slot of the ring is free
         if step > 0:
             if step - 1 + STAGES < count:
-                row = origin + here + (STAGES - 1) * step_rows
+                row = origin + loaded_entry // 4 * 8
                 freed = (step - 1) % STAGES
                 _load(
                     x,
@@ -337,7 +402,7 @@ def run_hopper_kernel(
                     yc,
                     zc,
                     wc,
-                    GATE,
+                    SHARES,
                 )
 
         mixed = warpgroup_mma_wait(0, deps=[mixed])
@@ -353,18 +418,20 @@ def run_hopper_kernel(
             state = warpgroup_mma(z_tile.permute((1, 0)), y_tile, state, is_async=True)
 
         # the scores of the next chunk
-        following = here + step_rows
         if step + 1 < count:
             coming = (step + 1) % STAGES
             if DECAY == "scalar":
                 decayed = _write_lines(lines, 4 - 4 * even, decays, log_scale, REVERSE)
                 decays = following_decays
+            elif FRAMED:
+                lines.index(1 - even).store(_exp2(coming_half))
+                coming_half = following_half
             mbarrier.wait(ready.index(coming), (step + 1) // STAGES & 1)
-            if following + C > length:
-                _clear(y_tiles.index(coming), length - following, ROWS)
-                _clear(z_tiles.index(coming), length - following, ROWS)
-                if GATE:
-                    _clear(w_tiles.index(coming), length - following, ROWS)
+            if following_size < C:
+                _clear(y_tiles.index(coming), following_size, ROWS)
+                _clear(z_tiles.index(coming), following_size, ROWS)
+                if SHARES:
+                    _clear(w_tiles.index(coming), following_size, ROWS)
                 fence_async_shared()
                 barrier()
         coming = (step + 1) % STAGES
@@ -376,10 +443,10 @@ def run_hopper_kernel(
             is_async=True,
         )
         mixed = warpgroup_mma_wait(2, deps=[mixed])
-        if DECAY == "none":
+        if DECAY != "scalar":
             mixed = mixed * scale
 
-        if GATE:
+        if SHARES:
             w_tile = w_tiles.index(ring).permute((1, 0)).load(MIXED).to(gl.float32)
             share = gl.sum(gl.reshape(mixed * w_tile, [num_warps, 16, C]), 1)
             token = here + gl.arange(0, C, gl.SliceLayout(0, WARPS))
@@ -387,27 +454,33 @@ def run_hopper_kernel(
             share = gl.convert_layout(share, WARPS)
             gl.store(share_at, share, mask=(token < length)[None, :] & (warp >= 0)[:, None])
 
-        if here + C > length:
+        if size < C:
             z_at = gl.arange(0, DZ, gl.SliceLayout(1, MIXED))
             i_at = gl.arange(0, C, gl.SliceLayout(0, MIXED))
             out_at = (
                 out_pointer + z_at[:, None] + (here + i_at)[None, :].to(gl.int64) * (HEADS * DZ)
             )
-            inside_out = (here + i_at < length)[None, :] & (z_at >= 0)[:, None]
-            gl.store(out_at, mixed.to(dtype), mask=inside_out)
+            inside_out = (i_at < size)[None, :] & (z_at >= 0)[:, None]
+            gl.store(out_at, mixed.to(out.dtype), mask=inside_out)
             barrier()  # the scores of this chunk have been read
         else:
             out_tile = out_tiles.index(0)
-            out_tile.permute((1, 0)).store(mixed.to(dtype))
+            out_tile.permute((1, 0)).store(mixed.to(out.dtype))
             fence_async_shared()
             barrier()
             tma.async_copy_shared_to_global(out, [origin + here, head * DZ], out_tile)
         state, scores = warpgroup_mma_wait(0, deps=[state, scores])
+        if DECAY == "key":
+            state = state * lines.index(even).load(gl.SliceLayout(0, STATE))[None, :]
+        elif DECAY == "value":
+            state = state * lines.index(even).load(gl.SliceLayout(1, STATE))[:, None]
 
         if GATE and not REVERSE:
-            block = here // C // EVERY
-            if (step + 1 == count) | (here // C % EVERY == EVERY - 1):
-                if block < piece_saves:
-                    gl.store(saved + block.to(gl.int64) * (HEADS * SIZE) + saved_at, state)
+            if ends and block < piece_saves:
+                gl.store(saved + block.to(gl.int64) * (HEADS * SIZE) + saved_at, state)
+        entry = coming_entry
+        coming_entry = loaded_entry
+        loaded_entry = wanted_entry
+        wanted_entry = later_entry
 
     tma.store_wait(0)

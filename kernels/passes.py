@@ -4,14 +4,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from seqpar.kernels.frames import Frames
+
 
 @dataclass(frozen=True)
 class Pass:
     """Arguments of a run kernel (see decay_kernels.py); what a pass does not use repeats another.
 
-    x, y, z, other [B, T, H, D] at their own numbers of heads; gate [B, T, heads, 1 or D]; out [B,
-    T, heads, DZ]; entering [B, slots, heads, K, V]. decay: "none", "scalar", "key" or "value".
-    transposed: DZ is K and DY is V. gated: whether the gradient of the decays is wanted.
+    x, y, z, other [B, T, H, D] at their own numbers of heads; gate [B, T, heads, 1]; out [B, T,
+    heads, DZ]; entering [B, slots, heads, K, V]. decay: "none", "scalar", "key" or "value".
+    transposed: DZ is K and DY is V. gated: whether the gradient of the decays is wanted. block: its
+    tokens; blocks: how many there are. frames: of diagonal decay.
     """
 
     x: Tensor
@@ -22,21 +25,23 @@ class Pass:
     entering: Tensor
     saved: Tensor
     out: Tensor
-    shares: Tensor
-    flows: Tensor
     table: Tensor
+    block: int
     blocks: int
     scale: float
     decay: str
     reverse: bool
     transposed: bool
     gated: bool
+    frames: Frames | None
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """batches, tokens, blocks, slots, saves."""
+    def numbers(self) -> tuple[float, ...]:
+        """scale, batches, tokens, blocks, slots, saves, chunks."""
         batch, tokens = self.out.shape[:2]
-        return batch, tokens, self.blocks, self.entering.shape[1], self.saved.shape[1]
+        chunks = 0 if self.frames is None else self.frames.levels.shape[1]
+        counted = self.blocks, self.entering.shape[1], self.saved.shape[1], chunks
+        return self.scale, batch, tokens, *counted
 
     @property
     def state_strides(self) -> tuple[int, int]:

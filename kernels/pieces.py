@@ -80,7 +80,7 @@ class Pieces:
         return made
 
     def table(
-        self, name: str, rows: Callable[[], Iterable[Sequence[int]]], device: torch.device
+        self, name: Hashable, rows: Callable[[], Iterable[Sequence[int]]], device: torch.device
     ) -> Tensor:
         """int32 rows for a kernel, made once."""
         made = partial(torch.tensor, dtype=torch.int32, device=device)

@@ -6,16 +6,21 @@ import triton.language as tl
 from seqpar.kernels.decay_kernels import _state, _tile
 
 
-@triton.jit(do_not_specialize=["batches"])
+@triton.jit(do_not_specialize=["batches", "pieces", "chunks"])
 def fold_kernel(
     y,
     z,
     gate,
+    halves,
+    steps,
+    counts,
     A,
     B,
     table,
     scale,
     batches,
+    pieces,
+    chunks,
     yb,
     yt,
     yh,
@@ -43,8 +48,8 @@ def fold_kernel(
 
     y [B, T, H, DY]; z [B, T, H, DZ]; A [B, N, H, 1 or DY], the decay over the whole piece; B [B, N,
     H, DY, DZ]. Reversed, the end is the piece's start and the decay includes token j's own. It
-    walks away from that end, so the state is never rescaled. A row of `table`: [first token,
-    tokens].
+    walks away from that end, so the state is never rescaled; but with diagonal decay ("key") it
+    walks towards it, from frame to frame (frame_kernels.py). `table`: `tables.summary_rows`.
     """
     ROWS: tl.constexpr = (DY + BY - 1) // BY
     COLS: tl.constexpr = (DZ + BZ - 1) // BZ
@@ -52,10 +57,10 @@ def fold_kernel(
     block = pid % (ROWS * COLS)
     head = pid // (ROWS * COLS) % HEADS
     batch = (pid // (ROWS * COLS * HEADS) % batches).to(tl.int64)
-    piece = pid // (ROWS * COLS * HEADS) // batches
-    pieces = tl.num_programs(0) // (ROWS * COLS * HEADS) // batches
-    start = tl.load(table + 2 * piece).to(tl.int64)
-    length = tl.load(table + 2 * piece + 1)
+    summary = pid // (ROWS * COLS * HEADS) // batches
+    summaries = tl.num_programs(0) // (ROWS * COLS * HEADS) // batches
+    start = tl.load(table + 4 * summary).to(tl.int64)
+    length = tl.load(table + 4 * summary + 1)
 
     index = tl.arange(0, C)
     y_cols = block // COLS * BY + tl.arange(0, BY)
@@ -63,21 +68,31 @@ def fold_kernel(
     y += batch * yb + head // Y_GROUP * yh + start * yt
     z += batch * zb + head // Z_GROUP * zh + start * zt
     state = tl.zeros([BY, BZ], tl.float32)
-    if DECAY != "none":
-        gate += batch * gb + head * gh + start * gt
+    count = tl.cdiv(length, C)
     if DECAY == "key":
+        first_chunk = tl.load(table + 4 * summary + 2).to(tl.int64)
+        piece = tl.load(table + 4 * summary + 3)
+        count = tl.load(counts + (batch * HEADS + head) * pieces + piece)
+        steps += ((batch * HEADS + head) * chunks + first_chunk) * (C // 8)
+        halves += ((batch * chunks + first_chunk) * (C // 8) * HEADS + head) * DY
         passed = tl.zeros([BY], tl.float32)
     else:
+        gate += batch * gb + head * gh + start * gt
         passed = 0.0
 
-    count = tl.cdiv(length, C)
     for step in tl.range(count, num_stages=STAGES):
-        if REVERSE:
-            chunk = step
+        if (DECAY == "key") == REVERSE:
+            turn = count - 1 - step
         else:
-            chunk = count - 1 - step
-        rows = (chunk * C + index).to(tl.int64)
-        mask = rows < length
+            turn = step
+        first = turn * C
+        stop = length
+        if DECAY == "key":
+            entry = tl.load(steps + turn)
+            first = entry // 4 * 8
+            stop = tl.minimum(first + (C >> entry % 4), length)
+        rows = (first + index).to(tl.int64)
+        mask = rows < stop
         y_tile = _tile(y, rows, mask, y_cols, yt, DY, ROWS * BY).to(OPERAND)
         z_tile = _tile(z, rows, mask, z_cols, zt, DZ, COLS * BZ).to(OPERAND)
         if DECAY == "scalar":
@@ -89,16 +104,15 @@ def fold_kernel(
             z_tile = (z_tile * tl.exp(passed + reach)[:, None]).to(OPERAND)
             passed += whole
         elif DECAY == "key":
-            decays = _tile(gate, rows, mask, y_cols, gt, DY, ROWS * BY).to(tl.float32)
-            whole = tl.sum(decays, 0)
-            reach = tl.cumsum(decays, 0)
-            if not REVERSE:
-                reach = whole[None, :] - reach
-            y_tile = (y_tile * tl.exp(passed[None, :] + reach)).to(OPERAND)
-            passed += whole
+            half_at = halves + (entry // 4).to(tl.int64) * (HEADS * DY) + y_cols
+            half = tl.load(half_at, mask=y_cols < DY, other=0.0)
+            state *= tl.exp2(half)[:, None]
+            passed += 2 * half
         state = tl.dot(tl.trans(y_tile), z_tile, state, input_precision=PRECISION)
+        if DECAY == "key":
+            state *= tl.exp2(half)[:, None]
 
-    place = (batch * pieces + piece) * HEADS + head
+    place = (batch * summaries + summary) * HEADS + head
     pointers, inside = _state(B + place * (DY * DZ), y_cols, z_cols, DZ, 1, DY, DZ)
     tl.store(pointers, state * scale, mask=inside)
     if DECAY == "scalar":
@@ -106,7 +120,7 @@ def fold_kernel(
             tl.store(A + place, tl.exp(passed))
     elif DECAY == "key":
         if block % COLS == 0:
-            tl.store(A + place * DY + y_cols, tl.exp(passed), mask=y_cols < DY)
+            tl.store(A + place * DY + y_cols, tl.exp2(passed), mask=y_cols < DY)
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks"])
@@ -125,15 +139,15 @@ def gate_kernel(
     """The gradient of scalar decays, d_gate [B, T, H], from what the passes of dq and dk left.
 
     shares [B, H, LINES, T], the sum of whose lines is q dq and k dk; flows [B, H, LINES, blocks],
-    <S, λ> at the end of each block of SIZE tokens. A row of `table`: [first token, tokens] of one.
+    <S, λ> at the end of each block of SIZE tokens. `table`: `tables.cut_rows`.
     """
     pid = tl.program_id(0)
     block = pid % blocks
     head = pid // blocks % HEADS
     batch = (pid // (blocks * HEADS)).to(tl.int64)
-    start = tl.load(table + 2 * block).to(tl.int64)
+    start = tl.load(table + 3 * block).to(tl.int64)
     token = tl.arange(0, SIZE)
-    mask = token < tl.load(table + 2 * block + 1)
+    mask = token < tl.load(table + 3 * block + 1)
     line = (batch * HEADS + head) * LINES
     share = tl.zeros([SIZE], tl.float32)
     flow = 0.0

@@ -7,7 +7,7 @@ import torch
 import triton
 
 # tokens between the states that the gradient of the decays needs (see decay_kernels.py)
-BLOCK = 1024
+BLOCK = {"none": 1024, "scalar": 1024, "diagonal": 512}
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,16 @@ def run_config(DY: int, DZ: int, dtype: torch.dtype) -> Config:
     return Config(padded(DY), columns, 32, 8 if DY > 128 else 4, 1 if wide else 2)
 
 
-def fold_config(DY: int, DZ: int, dtype: torch.dtype, diagonal: bool) -> Config:
-    """For the fold kernel; a diagonal decay leaves no registers for loads ahead."""
+def fold_config(DY: int, DZ: int, dtype: torch.dtype) -> Config:
+    """For the fold kernel."""
     if dtype != torch.bfloat16:
         return Config(min(64, padded(DY)), min(64, padded(DZ)), 32, 4, 1)
-    return Config(min(128, padded(DY)), min(128, padded(DZ)), 64, 4, 1 if diagonal else 3)
+    return Config(min(128, padded(DY)), min(128, padded(DZ)), 64, 4, 3)
+
+
+def frame_warps(columns: int, chunk: int) -> int:
+    """For a tile of the kernels of frame_kernels.py."""
+    return max(4, columns * chunk // 2048)
 
 
 def piece_tokens(tokens: int, programs: int, device: torch.device) -> int:

@@ -68,10 +68,11 @@ class _Recurrence(torch.autograd.Function):
         if sp.exchanges:
             sp.enter(name, q=q, v=v)
         entering = _ready(states)
+        prepared = family.prepare(q, k, v, gates, scale, pieces)
         if pieces.left or sp.exchanges:
-            A, B = family.summarize(k, v, gates, pieces)
+            A, B = prepared.summarize()
             entering = _scan(family, sp, pieces, A, B, states, backwards=False)
-        o = family.run(q, k, v, gates, scale, pieces, entering)
+        o = prepared.run(entering)
         ctx.save_for_backward(q, k, v, states, *gates)  # the states are filled by now
         ctx.plan = name, family, sp, pieces, scale
         return o
@@ -81,16 +82,19 @@ class _Recurrence(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, entering, *gates = ctx.saved_tensors
         name, family, sp, pieces, scale = ctx.plan
-        do, adjoints = do.contiguous(), _states(k, v, len(pieces.left))
+        do = do.contiguous()
+        if do.data_ptr() % 16:  # kernels load 16 bytes at once
+            do = do.clone()
+        adjoints = _states(k, v, len(pieces.left))
         leaving = _ready(adjoints)
         if sp.exchanges:
             sp.enter(f"backward of {name}", q=q, v=v)
+        prepared = family.prepare(q, k, v, gates, scale, pieces)
         if pieces.entered or sp.exchanges:
-            A, dB = family.summarize_backward(q, k, v, gates, scale, pieces, do)
+            A, dB = prepared.summarize_backward(do)
             leaving = _scan(family, sp, pieces, A, dB, adjoints, backwards=True)
         wanted = ctx.needs_input_grad[-len(gates) :] if gates else ()
-        inputs = q, k, v, gates, scale, pieces, entering, do, leaving, wanted
-        return None, None, None, None, *family.run_backward(*inputs)
+        return None, None, None, None, *prepared.run_backward(entering, do, leaving, wanted)
 
 
 def _scan(
@@ -140,6 +144,6 @@ def _ready(states: Tensor) -> Late:
 
 
 def _states(k: Tensor, v: Tensor, count: int) -> Tensor:
-    """Zero states [B, count, HV, K, V]."""
+    """Room for states [B, count, HV, K, V], to be filled in by a scan."""
     precise = torch.float64 if k.dtype == torch.float64 else torch.float32
-    return v.new_zeros(v.shape[0], count, v.shape[2], k.shape[3], v.shape[3], dtype=precise)
+    return v.new_empty(v.shape[0], count, v.shape[2], k.shape[3], v.shape[3], dtype=precise)

@@ -14,8 +14,8 @@ from seqpar.kernels.hopper import CHUNK
 from seqpar.kernels.hopper_kernels import run_hopper_kernel
 
 DESCRIPTORS = ("x", "y", "z", "other", "out")
-POINTERS = {"out_pointer": "*bf16", "table": "*i32"}
-POINTERS |= dict.fromkeys(["gate", "entering", "saved", "shares", "flows"], "*fp32")
+POINTERS = {"out_pointer": "*bf16"} | dict.fromkeys(["steps", "counts", "table"], "*i32")
+POINTERS |= dict.fromkeys(["gate", "entering", "saved", "shares", "flows", "halves"], "*fp32")
 
 
 def compile_for(dim: int, decay: str, reverse: bool, gate: bool) -> None:
@@ -24,20 +24,23 @@ def compile_for(dim: int, decay: str, reverse: bool, gate: bool) -> None:
         "DY": dim,
         "DZ": dim,
         "C": CHUNK,
-        "EVERY": 16,
+        "SPAN": 512,
         "STAGES": 3,
     }
     constants |= {f"{x}_GROUP": 2 for x in "XYZW"}
     constants |= {"DECAY": decay, "REVERSE": reverse, "GATE": gate, "num_warps": dim // 16}
+    wide = decay == "value"  # whose output is fp32
     signature = {}
     names = run_hopper_kernel.arg_names
     for name in names:
         if name in DESCRIPTORS:
             tile = [CHUNK, dim]
-            layout = gl.NVMMASharedLayout.get_default_for(tile, gl.bfloat16)
-            signature[name] = f"tensordesc<bf16{tile},{layout!r}>"
+            dtype = gl.float32 if wide and name == "out" else gl.bfloat16
+            layout = gl.NVMMASharedLayout.get_default_for(tile, dtype)
+            signature[name] = f"tensordesc<{dtype}{tile},{layout!r}>"
         else:
             kind = "fp32" if name == "scale" else POINTERS.get(name, "i32")
+            kind = "*fp32" if wide and name == "out_pointer" else kind
             signature[name] = "constexpr" if name in constants else kind
     places = {(names.index(name),): value for name, value in constants.items()}
     source = GluonASTSource(run_hopper_kernel, signature, constexprs=places)
@@ -53,3 +56,4 @@ if __name__ == "__main__":
     compile_for(64, "none", False, False)
     for reverse, gate in product((False, True), repeat=2):
         compile_for(128, "scalar", reverse, gate)
+        compile_for(128, "value" if gate else "key", reverse, gate)

@@ -49,6 +49,8 @@ def plain(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None) -> T
     group = v.shape[2] // k.shape[2]
     q, k = (x.repeat_interleave(group, 2).transpose(1, 2) for x in (q, k))
     v = v.transpose(1, 2)
+    if log_decay is not None and log_decay.dim() == 1:
+        log_decay = log_decay.expand(q.shape[0], q.shape[2], -1)
     if log_decay is None:
         scores = (q @ k.mT).tril()
     elif log_decay.dim() == 3:
@@ -105,8 +107,8 @@ def check(decay: str, dtype: torch.dtype, size: tuple[int, ...], nats: float) ->
         }
     for name, x in found.items():
         assert torch.equal(x, again[name]), f"{name} differs between two runs"
-        if name == "log_decay" and size[0] == 1:  # no state to decay
-            assert not x.any()
+        if name == "log_decay" and size[0] == 1:  # no state to decay: q dq - k dk, equal
+            assert x.abs().max() < 1e-6 * (found["q"] * given["q"]).abs().max()
             continue
         off, bound = error(x, right[name]), 2 * usual[name]
         print(f"{decay} {dtype} {size} {nats} {name}: {off:.1e}, plain {usual[name]:.1e}")
@@ -190,9 +192,9 @@ def test_a_constant_decay_gets_its_gradient() -> None:
     given["log_decay"] = torch.tensor([-0.01, -1.0], device="cuda").double()
     do = torch.randn_like(given["v"])
     right = differentiate(specification, given, torch.float64, do)
-    found = differentiate(seqpar.linear_attention, given, torch.bfloat16, do)
-    for name, x in found.items():
-        assert error(x, right[name]) < 8e-3, name
+    usual = differentiate(plain, given, torch.bfloat16, do)
+    for name, x in differentiate(seqpar.linear_attention, given, torch.bfloat16, do).items():
+        assert error(x, right[name]) <= 2 * error(usual[name], right[name]), name
 
 
 def test_which_kernels_run() -> None:

@@ -64,15 +64,14 @@ def test_the_four_functions_equal_the_token_loop(name: str, tokens: int) -> None
     wanted = [True] * len(gates)
 
     with torch.no_grad():
-        assert_close("o", family.run(q, k, v, gates, 0.5, pieces, lambda: entering), o, 1e-10)
-        A, B = family.summarize(k, v, gates, pieces)
+        prepared = family.prepare(q, k, v, gates, 0.5, pieces)
+        assert_close("o", prepared.run(lambda: entering), o, 1e-10)
+        A, B = prepared.summarize()
         assert_close("state", family.transition.apply(A, entering) + B, leaving[:, None], 1e-10)
-        back, pulled = family.summarize_backward(q, k, v, gates, 0.5, pieces, do)
+        back, pulled = prepared.summarize_backward(do)
         dS = family.transition.apply(back, d_leaving[:, None]) + pulled
         assert_close("dS", dS, expected[-1], 1e-10)
-        gradients = family.run_backward(
-            q, k, v, gates, 0.5, pieces, entering, do, lambda: d_leaving[:, None], wanted
-        )
+        gradients = prepared.run_backward(entering, do, lambda: d_leaving[:, None], wanted)
     for i, (gradient, right) in enumerate(zip(gradients, expected[:-1], strict=True)):
         assert gradient is not None
         assert_close(f"gradient {i}", gradient, right, 1e-10)
@@ -87,14 +86,15 @@ def test_a_sequence_cut_anywhere_and_chained_equals_the_uncut_one(
     family, q, k, v, gates = inputs(name, offsets[-1])
     one = Pieces([(0, offsets[-1])], [False], [False], [(0, 1)])
     none = torch.zeros(BATCH, 0, HEADS, K, V, dtype=torch.float64)
-    whole = family.run(q, k, v, gates, 0.5, one, lambda: none)
+    whole = family.prepare(q, k, v, gates, 0.5, one).run(lambda: none)
     spans, last = list(pairwise(offsets)), len(lengths) - 1
     handed = [i < last for i in range(last + 1)]
     pieces = Pieces(spans, [False, *handed[:-1]], handed, [(0, last + 1)])
-    A, B = family.summarize(k, v, gates, pieces)
+    prepared = family.prepare(q, k, v, gates, 0.5, pieces)
+    A, B = prepared.summarize()
     states = torch.zeros(BATCH, last, HEADS, K, V, dtype=torch.float64)
     family.scan(A, B, pieces, none, states, backwards=False)
-    cut = family.run(q, k, v, gates, 0.5, pieces, lambda: states)
+    cut = prepared.run(lambda: states)
     assert_close(name, cut, whole, 1e-10)
 
 

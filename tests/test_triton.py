@@ -79,16 +79,17 @@ def test_every_function_equals_the_token_loop(case: tuple) -> None:
     # fp32 running sums of strong decays are rounded at 1e3 nats: 6e-5
     bound = 5e-5 if nats > 1 else 1e-5
     states, adjoints = (torch.empty(batch, count, value_heads, K, V) for _ in range(2))
-    A, B = family.summarize(k, v, gates, pieces)
+    prepared = family.prepare(q, k, v, gates, 0.3, pieces)
+    A, B = prepared.summarize()
     found = family.scan(A, B, pieces, entering[:, None], states, backwards=False)
     assert_close("S", found[:, 0], leaving, bound)
-    assert_close("o", family.run(q, k, v, gates, 0.3, pieces, lambda: states), o, bound)
-    A, B = family.summarize_backward(q, k, v, gates, 0.3, pieces, do)
+    assert_close("o", prepared.run(lambda: states), o, bound)
+    A, B = prepared.summarize_backward(do)
     found = family.scan(A, B, pieces, d_leaving[:, None], adjoints, backwards=True)
     assert_close("dS", found[:, 0], expected[-1], bound)
-    rest = gates, 0.3, pieces, states, do, lambda: adjoints, [True] * len(gates)
+    gradients = prepared.run_backward(states, do, lambda: adjoints, [True] * len(gates))
     names = ["dq", "dk", "dv", "d_gate"]
-    for name, x, right in zip(names, family.run_backward(q, k, v, *rest), expected, strict=False):
+    for name, x, right in zip(names, gradients, expected, strict=False):
         assert x is not None
         assert_close(name, x, right, bound)
 
