@@ -366,4 +366,4 @@ def _ungroup(dx: Tensor, x: Tensor) -> Tensor:
 
 def _operand(dtype: torch.dtype) -> tuple[tl.dtype, str]:
     """What products are formed in. fp16 could hold neither the state nor a frame's factors."""
-    return (tl.bfloat16, "ieee") if dtype == torch.bfloat16 else (tl.float32, "tf32x3")
+    return (tl.bfloat16, "ieee") if dtype == torch.bfloat16 else (tl.float32, "bf16x6")
