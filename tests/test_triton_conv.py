@@ -1,5 +1,9 @@
 """The Triton convolution under the interpreter, fp32, against the token loop in fp64."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -211,3 +215,12 @@ def test_the_kernels_are_what_runs() -> None:
     )
     assert not torch.equal(ours, plain)
     assert_close("y", ours, plain, 1e-6)
+
+
+def test_the_kernels_compile_without_a_gpu() -> None:
+    script = Path(__file__).with_name("elementwise_compiles.py")
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(script.parents[1])}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
