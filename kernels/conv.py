@@ -75,7 +75,7 @@ class Convolution:
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         d_halo = None if halo is None else torch.empty_like(halo)
         block = _block(channels, 128)  # with more, too few programs fit for their registers
-        programs, rows = self._cut(x, block, 256)
+        programs, rows = self._cut(x, block, 128)
         lines = width + (bias is not None)
         sums = torch.empty(programs, lines, channels, dtype=torch.float32, device=x.device)
         (x_strides, x_unit), (y_strides, y_unit) = in_units(x), in_units(dy)

@@ -45,9 +45,11 @@ def randn(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).double()
 
 
-@pytest.mark.parametrize(
-    "shape", [(2, 19, 3, 16), (1, 70, 2, 128), (5, 24), (2, 1, 3, 2, 8), (1, 3, 1, 300)], ids=str
-)
+# the fourth has more tiles than programs
+SHAPES = [(2, 19, 3, 16), (5, 24), (2, 1, 3, 2, 8), (1, 2100, 1, 128), (1, 3, 1, 300)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gated_norm_and_all_gradients(shape: tuple[int, ...]) -> None:
     def ours(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
         return gated_rms_norm(x, gate, weight, 1e-3)
