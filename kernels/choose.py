@@ -1,4 +1,4 @@
-"""Which implementation of a family runs: Triton kernels or plain PyTorch."""
+"""Which implementation of a function runs: Triton kernels or plain PyTorch."""
 
 import logging
 import os
@@ -21,7 +21,29 @@ WIDEST = 256
 def choose_linear(k: Tensor, v: Tensor, gates: Sequence[Tensor]) -> Family:
     """Linear attention for tensors k [B, T, H, K], v [B, T, HV, V] and at most one gate.
 
+    Raises:
+        ValueError: as `uses_triton`.
+    """
+    K, V = k.shape[-1], v.shape[-1]
+    unfit = f"K={K} and V={V} must be at most {WIDEST}" if max(K, V) > WIDEST else None
+    if not uses_triton("linear attention", k, unfit):
+        return DECAYED_LINEAR if gates else LINEAR
+    from seqpar.kernels.decay import TritonLinear  # triton only where it is used
+
+    if not gates:
+        return TritonLinear("none")
+    return TritonLinear("scalar" if gates[0].shape[-1] == 1 else "diagonal")
+
+
+def uses_triton(function: str, x: Tensor, unfit: str | None = None) -> bool:
+    """Whether `function` runs by Triton kernels on tensors of x's dtype and device; logged once.
+
     The environment variable SEQPAR_KERNELS forces "triton" or "torch"; "auto" is the default.
+
+    Args:
+        function: its name, for the log.
+        x: one of its tensors.
+        unfit: why its kernels cannot take the other arguments, if they cannot.
 
     Raises:
         ValueError: SEQPAR_KERNELS has another value, or asks for Triton where it cannot run.
@@ -29,27 +51,19 @@ def choose_linear(k: Tensor, v: Tensor, gates: Sequence[Tensor]) -> Family:
     asked = os.environ.get(VARIABLE, "auto")
     if asked not in CHOICES:
         raise ValueError(f"{VARIABLE}={asked!r} must be one of {', '.join(CHOICES)}")
-    against = _against_triton(k.device, k.dtype, k.shape[-1], v.shape[-1], asked == "triton")
+    against = unfit or _against_triton(x.device, x.dtype, asked == "triton")
     if asked == "triton" and against:
         raise ValueError(f"{VARIABLE}='triton' cannot be had: {against}; nearest: 'auto'")
     if asked == "torch" or against:
-        _say("PyTorch", against or f"{VARIABLE}=torch")
-        return DECAYED_LINEAR if gates else LINEAR
-    from seqpar.kernels.decay import TritonLinear  # triton only where it is used
-
-    _say("Triton", f"{k.dtype} on {k.device.type}, K={k.shape[-1]}, V={v.shape[-1]}")
-    if not gates:
-        return TritonLinear("none")
-    return TritonLinear("scalar" if gates[0].shape[-1] == 1 else "diagonal")
+        _say(function, "PyTorch", against or f"{VARIABLE}=torch")
+        return False
+    _say(function, "Triton", f"{x.dtype} on {x.device.type}")
+    return True
 
 
 @cache
-def _against_triton(
-    device: torch.device, dtype: torch.dtype, K: int, V: int, forced: bool
-) -> str | None:
+def _against_triton(device: torch.device, dtype: torch.dtype, forced: bool) -> str | None:
     """Why Triton cannot be used; None if it can."""
-    if max(K, V) > WIDEST:
-        return f"K={K} and V={V} must be at most {WIDEST}"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"{dtype} must be torch.bfloat16, torch.float16 or torch.float32"
     if find_spec("triton") is None:
@@ -64,6 +78,6 @@ def _against_triton(
 
 
 @cache
-def _say(implementation: str, reason: str) -> None:
+def _say(function: str, implementation: str, reason: str) -> None:
     """Once for each decision."""
-    logger.info("linear attention by %s kernels: %s", implementation, reason)
+    logger.info("%s by %s kernels: %s", function, implementation, reason)

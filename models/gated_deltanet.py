@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from seqpar import causal_conv1d, delta_attention
+from seqpar.kernels.norm import unit
 from seqpar.models.mixer import SequenceMixer
 from seqpar.models.norm import GatedHeadNorm
 from seqpar.models.sequence import SequenceParallelParams
@@ -67,10 +68,9 @@ class GatedDeltaNet(SequenceMixer):
     def mix(self, x: Tensor, hidden_states: Tensor, params: SequenceParallelParams) -> Tensor:
         """See SequenceMixer."""
         qkv, gate, beta, a = x.split(self.widths, -1)
-        qkv = causal_conv1d(
-            qkv.flatten(2), self.conv_weight.flatten(0, 1), activation="silu", sp=params.sp
-        )
-        q, k, v = qkv.unflatten(-1, (self.heads, -1)).split(self.qkv_widths, -1)
+        taps = self.conv_weight.flatten(0, 1)
+        qkv = causal_conv1d(qkv, taps, activation="silu", sp=params.sp)
+        q, k, v = qkv.split(self.qkv_widths, -1)
         step = F.softplus(a.squeeze(-1).float() + self.dt_bias.float())
         out = delta_attention(
             unit(q),
@@ -81,9 +81,3 @@ class GatedDeltaNet(SequenceMixer):
             sp=params.sp,
         )
         return self.norm(out, gate)
-
-
-def unit(x: Tensor) -> Tensor:
-    """x divided by its length along the last dimension; a vector of zeros stays, gently."""
-    wide = x.float()
-    return (wide * (wide.square().sum(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype)

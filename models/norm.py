@@ -8,6 +8,8 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from seqpar.kernels.norm import gated_rms_norm
+
 
 class RMSNorm(torch.nn.Module):
     """RMS norm over the last dimension, for every norm slot of a Megatron layer spec.
@@ -48,4 +50,4 @@ class GatedHeadNorm(RMSNorm):
         weight = self.weight
         if self.tp_group is not None:
             weight = copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
-        return F.rms_norm(x, x.shape[-1:], weight, self.eps) * F.silu(gate)
+        return gated_rms_norm(x, gate, weight, self.eps)

@@ -1,6 +1,9 @@
 """What a layer needs to know to work on one shard of a sequence: group, layout, exchange."""
 
+from collections.abc import Callable, Hashable
+from functools import lru_cache
 from itertools import accumulate, pairwise
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -10,6 +13,8 @@ from seqpar.cost import Choice, Links, choose, nodes_of
 from seqpar.exchange import EXCHANGES
 from seqpar.kernels.pieces import Pieces
 from seqpar.layout import Layout
+
+T = TypeVar("T")
 
 
 class SequenceParallel:
@@ -68,6 +73,7 @@ class SequenceParallel:
         self._reached = False
         self._pieces: dict[int | None, Pieces] = {}
         self._choices: dict[tuple[int, int, float], Choice] = {}
+        self._made: dict[Hashable, Any] = {}
 
     @property
     def exchanges(self) -> bool:
@@ -90,6 +96,13 @@ class SequenceParallel:
                 list(pairwise(ends)),
             )
         return self._pieces[limit]
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returns, made once: what follows from the layout does not change."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made
 
     def choice(self, A_bytes: int, B_bytes: int, work: float = 0.0) -> Choice:
         """The exchange for summaries (A, B) of these sizes; print it to see why.
@@ -137,6 +150,12 @@ class SequenceParallel:
                 f"{name} has batch size {x.shape[0]}, packed documents (cu_seqlens) need 1: "
                 "lay the batch end to end in one stream"
             )
+
+
+@lru_cache(64)
+def alone(tokens: int) -> SequenceParallel:
+    """One rank with whole sequences of `tokens`; kept, for it holds what kernels look up."""
+    return SequenceParallel(layout=Layout(tokens, 1))
 
 
 def _group(group: dist.ProcessGroup | None, layout: Layout) -> dist.ProcessGroup | None:

@@ -1,11 +1,16 @@
 """Short causal convolution over a sequence cut over ranks: each range gets a halo of width-1."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from seqpar.context import SequenceParallel
-from seqpar.fetch import fetch
-from seqpar.layout import Layout
+from seqpar.context import SequenceParallel, alone
+from seqpar.fetch import Routes
+from seqpar.kernels.choose import uses_triton
+from seqpar.kernels.conv import WIDEST, Convolution
 
 
 def causal_conv1d(
@@ -21,55 +26,91 @@ def causal_conv1d(
         y_t = activation(Σ_j weight[:, width-1-j] · x_{t-j} + bias)
 
     Args:
-        x: [B, T, C], this rank's tokens.
+        x: [B, T, C], or [B, T, H, D] with C = H·D channels; this rank's tokens. A slice of a packed
+            projection is read where it lies.
         weight: [C, width], the last column for the token itself (as in torch's depthwise Conv1d).
         bias: [C] or None.
         activation: None or "silu".
         sp: how the sequence is cut over ranks; None when this rank holds whole sequences.
 
     Returns:
-        y [B, T, C] in x's dtype.
+        y in x's shape and dtype. Triton kernels reckon in fp32 inside, plain PyTorch in the dtype
+        of x and weight.
 
     Raises:
         ValueError: shapes that do not fit each other or the layout, or an unknown activation.
     """
     _check(x, weight, bias, activation, sp)
-    if sp is None:
-        sp = SequenceParallel(layout=Layout(x.shape[1], 1))
-    reach = weight.shape[1] - 1
+    heads = x if x.dim() == 4 else x.unsqueeze(2)
+    with torch.cuda.device_of(x):  # where Triton launches; nothing on a CPU
+        y = _Conv.apply(heads, weight, bias, activation == "silu", sp or alone(x.shape[1]))
+    return y if x.dim() == 4 else y.squeeze(2)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What follows from the layout: how many ranges this rank has, and for `reach` tokens before
+    each token which of them belong to its document (see `Convolution`) and where they come from.
+    """
+
+    ranges: int
+    seen: Tensor | None
+    routes: Routes | None
+
+
+def _plan(sp: SequenceParallel, reach: int, device: torch.device) -> _Plan:
     layout, rank = sp.layout, sp.rank
 
     def halos(rank: int) -> list[tuple[int, int]]:
-        """The up to width-1 tokens of its document before each range."""
+        """The up to `reach` tokens of its document before each range."""
         firsts = [segments[0] for segments in layout.segments(rank)]
         return [(max(s.start - reach, s.document), s.start) for s in firsts]
 
-    mine = halos(rank)
-    lengths = [stop - start for start, stop in mine]
-    if reach and any(layout.chain.linked):
-        sp.enter("causal_conv1d", x=x, weight=weight.T[None])
-        arrived = fetch(x, layout.ranges, halos, sp.comm, kind="halo").split(lengths, 1)
-    else:
-        arrived = x[:, :0].split([0] * len(lengths), 1)
+    segments = layout.segments(rank)
+    seen = routes = None
+    if reach and any(len(found) > 1 for found in segments):
+        seen = layout.positions(rank).clamp(max=reach).to(device, torch.int32)
+    if reach and sp.exchanges:
+        routes = Routes(layout.ranges, halos, sp.comm, device, room=reach)
+    return _Plan(len(segments), seen, routes)
 
-    outs = []
-    positions = layout.positions(rank).to(x.device)
-    for halo, segments in zip(arrived, layout.segments(rank), strict=True):
-        here = slice(segments[0].local.start, segments[-1].local.stop)
-        own = x[:, here]
-        blank = x.new_zeros(x.shape[0], reach - halo.shape[1], x.shape[2])
-        extended = torch.cat([blank, halo, own], 1)
-        y = own * weight[:, reach]
-        for j in range(1, reach + 1):
-            earlier = extended[:, reach - j : extended.shape[1] - j]
-            if len(segments) > 1:  # tokens of the document before must not leak in
-                earlier = earlier.masked_fill((positions[here] < j)[None, :, None], 0)
-            y = y + earlier * weight[:, reach - j]
-        outs.append(y)
-    out = torch.cat(outs, 1)
-    if bias is not None:
-        out = out + bias
-    return torch.nn.functional.silu(out) if activation == "silu" else out
+
+class _Conv(torch.autograd.Function):
+    """Every rank takes part in fetching halos, both ways, also one that needs none."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        silu: bool,
+        sp: SequenceParallel,
+    ) -> Tensor:
+        width = weight.shape[1]
+        unfit = f"width={width} must be at most {WIDEST}" if width > WIDEST else None
+        triton = uses_triton("causal_conv1d", x, unfit)
+        key = "conv", width, x.device
+        plan = sp.once(key, lambda: _plan(sp, width - 1, x.device))
+        halo = None
+        if plan.routes is not None:
+            sp.enter(f"causal_conv1d of width {width}", x=x)
+            halo = plan.routes.bring(x, sp.comm, kind="halo")
+        convolution = Convolution(silu, plan.ranges, plan.seen, triton)
+        ctx.save_for_backward(x, halo, weight, bias)
+        ctx.plan = convolution, plan.routes, sp
+        return convolution.forward(x, halo, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, halo, weight, bias = ctx.saved_tensors
+        convolution, routes, sp = ctx.plan
+        dx, d_halo, d_weight, d_bias = convolution.backward(x, halo, weight, bias, dy)
+        if routes is not None and ctx.needs_input_grad[0]:
+            sp.enter("backward of causal_conv1d", x=x)
+            routes.give_back(d_halo, dx, sp.comm, kind="halo")
+        return dx, d_weight, d_bias, None, None
 
 
 def _check(
@@ -79,14 +120,18 @@ def _check(
     activation: str | None,
     sp: SequenceParallel | None,
 ) -> None:
-    if x.dim() != 3:
-        raise ValueError(f"x is {list(x.shape)}, it must be [batch, tokens, channels]")
-    if weight.dim() != 2 or weight.shape[0] != x.shape[2] or weight.shape[1] < 1:
+    if x.dim() not in (3, 4):
         raise ValueError(
-            f"weight is {list(weight.shape)}, it must be [channels={x.shape[2]}, width >= 1]"
+            f"x is {list(x.shape)}, it must be [batch, tokens, channels] or "
+            "[batch, tokens, heads, dim]"
         )
-    if bias is not None and bias.shape != (x.shape[2],):
-        raise ValueError(f"bias is {list(bias.shape)}, it must be [channels={x.shape[2]}]")
+    channels = x.shape[2:].numel()
+    if weight.dim() != 2 or weight.shape[0] != channels or weight.shape[1] < 1:
+        raise ValueError(
+            f"weight is {list(weight.shape)}, it must be [channels={channels}, width >= 1]"
+        )
+    if bias is not None and bias.shape != (channels,):
+        raise ValueError(f"bias is {list(bias.shape)}, it must be [channels={channels}]")
     if activation not in (None, "silu"):
         raise ValueError(f"activation={activation!r} must be None or 'silu'")
     if sp is not None:

@@ -52,59 +52,88 @@ def fetch(x: Tensor, held: Ranges, wanted: Ranges, comm: Communicator, kind: str
     Returns:
         [B, sum of the range lengths, ...]. Its gradient is added up where the tokens came from.
     """
-    return _Fetch.apply(x, _Routes(held, wanted, comm.rank, comm.size), comm, kind)
+    return _Fetch.apply(x, Routes(held, wanted, comm, x.device), comm, kind)
 
 
-class _Routes:
-    """Which local tokens go to each rank, and where those received belong."""
+class Routes:
+    """Which local tokens go to each rank, and where those received belong.
 
-    def __init__(self, held: Ranges, wanted: Ranges, rank: int, size: int) -> None:
-        sends = [_pieces(held(rank), wanted(target)) for target in range(size)]
-        receives = [_pieces(held(source), wanted(rank)) for source in range(size)]
+    Args:
+        held, wanted, comm: as for `fetch`.
+        device: of the tensors that will travel.
+        room: how many rows of the result each wanted range has, its tokens being the last of them;
+            None for as many as it has tokens.
+    """
+
+    def __init__(
+        self,
+        held: Ranges,
+        wanted: Ranges,
+        comm: Communicator,
+        device: torch.device,
+        room: int | None = None,
+    ) -> None:
+        rank, everyone = comm.rank, range(comm.size)
+        mine = wanted(rank)
+        sends = [_pieces(held(rank), wanted(target), room) for target in everyone]
+        receives = [_pieces(held(source), mine, room) for source in everyone]
+        self.rows = sum(stop - start for start, stop in mine) if room is None else room * len(mine)
         self.send_rows = [sum(length for _, _, length in pieces) for pieces in sends]
         self.receive_rows = [sum(length for _, _, length in pieces) for pieces in receives]
-        self.sent = _index((local, length) for pieces in sends for local, _, length in pieces)
-        self.placed = _index((at, length) for pieces in receives for _, at, length in pieces)
+        sent = _index((local, length) for pieces in sends for local, _, length in pieces)
+        placed = _index((at, length) for pieces in receives for _, at, length in pieces)
+        self._repeats = len(sent.unique()) < len(sent)
+        self._sent, self._placed = sent.to(device), placed.to(device)
+
+    def bring(self, x: Tensor, comm: Communicator, kind: str) -> Tensor:
+        """The rows asked for, [rows, B, ...], of x [B, T, ...]; zeros where nothing was."""
+        sent = x.transpose(0, 1).index_select(0, self._sent)
+        came = comm.all_to_all(sent, self.send_rows, self.receive_rows, kind).wait()
+        full = self.rows == len(came)
+        out = came.new_empty(came.shape) if full else came.new_zeros(self.rows, *came.shape[1:])
+        return out.index_copy_(0, self._placed, came)
+
+    def give_back(self, rows: Tensor, dx: Tensor, comm: Communicator, kind: str) -> None:
+        """Add the gradient of what `bring` returned to dx [B, T, ...], wherever the rows were."""
+        sent = rows.index_select(0, self._placed)
+        back = comm.all_to_all(sent, self.receive_rows, self.send_rows, kind).wait()
+        tokens = dx.transpose(0, 1)
+        if self._repeats:  # in a fixed order, which index_add_ on a GPU does not keep
+            tokens.index_put_((self._sent,), back, accumulate=True)
+        else:
+            tokens.index_add_(0, self._sent, back)
 
 
 class _Fetch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, routes: _Routes, comm: Communicator, kind: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, routes: Routes, comm: Communicator, kind: str) -> Tensor:
         ctx.routes, ctx.comm, ctx.kind, ctx.shape = routes, comm, kind, x.shape
         comm.reach(f"exchange of {kind}, [{x.shape[0]}, T, {list(x.shape[2:])}] {x.dtype}")
-        rows = x.transpose(0, 1)  # [T, B, ...]
-        sent = rows.index_select(0, routes.sent.to(x.device))
-        came = comm.all_to_all(sent, routes.send_rows, routes.receive_rows, kind).wait()
-        out = torch.empty_like(came)
-        out[routes.placed.to(x.device)] = came
-        return out.transpose(0, 1)
+        return routes.bring(x, comm, kind).transpose(0, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        routes: _Routes = ctx.routes
         ctx.comm.reach(f"backward of the exchange of {ctx.kind}, {dout.dtype}")
-        sent = dout.transpose(0, 1).index_select(0, routes.placed.to(dout.device))
-        back = ctx.comm.all_to_all(sent, routes.receive_rows, routes.send_rows, ctx.kind).wait()
         batch, tokens, *rest = ctx.shape
-        dx = back.new_zeros(tokens, batch, *rest)
-        dx.index_add_(0, routes.sent.to(dout.device), back)
-        return dx.transpose(0, 1), None, None, None
+        dx = dout.new_zeros(tokens, batch, *rest).transpose(0, 1)
+        ctx.routes.give_back(dout.transpose(0, 1), dx, ctx.comm, ctx.kind)
+        return dx, None, None, None
 
 
 def _pieces(
-    held: list[tuple[int, int]], wanted: list[tuple[int, int]]
+    held: list[tuple[int, int]], wanted: list[tuple[int, int]], room: int | None
 ) -> list[tuple[int, int, int]]:
     """(local token, place in the result, length) of every run of wanted tokens that is held."""
-    found, at = [], 0
+    found, rows = [], 0
     for start, stop in wanted:
-        offset = 0
+        offset, rows = 0, rows + (stop - start if room is None else room)
+        at = rows - (stop - start)
         for first, last in held:
             begin, end = max(start, first), min(stop, last)
             if begin < end:
                 found.append((offset + begin - first, at + begin - start, end - begin))
             offset += last - first
-        at += stop - start
     return found
 
 

@@ -4,19 +4,17 @@ The scan of states runs at three levels, the same algebra at each: chunks within
 kernels), segments within a rank (here), ranks (the exchange).
 """
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from seqpar.context import SequenceParallel
+from seqpar.context import SequenceParallel, alone
 from seqpar.exchange import EXCHANGES
 from seqpar.kernels.chunked import CHUNK
 from seqpar.kernels.family import Family
 from seqpar.kernels.pieces import Late, Pieces
-from seqpar.layout import Layout
 
 
 def recurrence(
@@ -33,15 +31,9 @@ def recurrence(
 
     name: the public function's, for messages.
     """
-    sp = sp or _alone(q.shape[1])
+    sp = sp or alone(q.shape[1])
     with torch.cuda.device_of(q):  # where Triton launches; nothing on a CPU
         return _Recurrence.apply(name, family, sp, scale, q, k, v, *gates)
-
-
-@lru_cache(64)
-def _alone(tokens: int) -> SequenceParallel:
-    """One rank with whole sequences; kept, for it holds what kernels look up."""
-    return SequenceParallel(layout=Layout(tokens, 1))
 
 
 class _Recurrence(torch.autograd.Function):
