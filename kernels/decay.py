@@ -12,11 +12,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from seqpar.kernels import frames, tables
 from seqpar.kernels.decay_kernels import run_kernel
 from seqpar.kernels.frames import Frames
-from seqpar.kernels.launch import Launch, Plan, plan
+from seqpar.kernels.launch import Launch, plan
+from seqpar.kernels.once import Once
 from seqpar.kernels.passes import Pass
 from seqpar.kernels.pieces import Late, Pieces
 from seqpar.kernels.state_kernels import fold_kernel, gate_kernel, scan_kernel
@@ -132,7 +134,7 @@ class _Prepared:
     decay: str
     scale: float
     pieces: Pieces
-    calls: Plan
+    calls: Once
     hopper: bool
     chunk: int
     given: tuple[Tensor, Tensor]
@@ -365,5 +367,11 @@ def _ungroup(dx: Tensor, x: Tensor) -> Tensor:
 
 
 def _operand(dtype: torch.dtype) -> tuple[tl.dtype, str]:
-    """What products are formed in. fp16 could hold neither the state nor a frame's factors."""
-    return (tl.bfloat16, "ieee") if dtype == torch.bfloat16 else (tl.float32, "bf16x6")
+    """What products are formed in. fp16 could hold neither the state nor a frame's factors.
+
+    fp32 is taken as the sum of three bf16 numbers: three TF32 products are as exact themselves, but
+    tensor cores truncate sums, and add up twice as many terms at once in bf16.
+    """
+    if dtype == torch.bfloat16:
+        return tl.bfloat16, "ieee"
+    return tl.float32, "bf16x6" if isinstance(run_kernel, JITFunction) else "ieee"

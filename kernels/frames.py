@@ -8,7 +8,8 @@ from torch import Tensor
 
 from seqpar.kernels import tables
 from seqpar.kernels.frame_kernels import enter_kernel, leave_kernel, steps_kernel
-from seqpar.kernels.launch import Launch, Plan
+from seqpar.kernels.launch import Launch
+from seqpar.kernels.once import Once
 from seqpar.kernels.pieces import Pieces
 from seqpar.kernels.tuned import frame_warps, padded
 
@@ -37,7 +38,7 @@ def enter(
     block: int,
     chunk: int,
     dtype: torch.dtype,
-    plan: Plan,
+    plan: Once,
 ) -> Frames:
     """The frames of q and k [B, T, H, K] under log decays [B, T, HV, K].
 
@@ -96,7 +97,7 @@ def leave(
     flows: Tensor,
     blocks: Tensor,
     dtype: torch.dtype,
-    plan: Plan,
+    plan: Once,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and the decays [B, T, HV, K] from those of the frames' q and k, in fp32.
 

@@ -2,18 +2,17 @@
 
 Triton finds the compiled kernel by the types and values of all arguments, which takes the host
 longer than many of these kernels run. A `Launch` is made once for all else than the tensors, and
-remembers which compiled kernel it is. `plan` keeps them, for one call's shapes, with the pieces.
+remembers which compiled kernel it is. `plan` keeps them with the pieces, for one call's shapes.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from seqpar.kernels.once import Once
 from seqpar.kernels.pieces import Pieces
-
-T = TypeVar("T")
 
 
 class Launch:
@@ -42,27 +41,13 @@ class Launch:
             self._again = compiled[self._programs, 1, 1]
 
 
-class Plan:
-    """What is made once for calls alike: launches, tables, sizes."""
-
-    def __init__(self) -> None:
-        self._made: dict[object, Any] = {}
-
-    def once(self, key: object, make: Callable[[], T]) -> T:
-        """What `make` returned when it was first asked for."""
-        if key not in self._made:
-            self._made[key] = make()
-        made: T = self._made[key]
-        return made
-
-
-def plan(pieces: Pieces, *kind: object) -> Plan:
-    """The plan for calls of one kind over these pieces; tensors among `kind` stand for their form.
+def plan(pieces: Pieces, *kind: object) -> Once:
+    """What calls of one kind over these pieces share; tensors among `kind` stand for their form.
 
     A form is the type, shape, strides and alignment.
     """
     key = tuple(_form(x) if isinstance(x, Tensor) else x for x in kind)
-    return pieces.once(key, Plan)
+    return pieces.once(key, Once)
 
 
 def _form(x: Tensor) -> tuple[object, ...]:

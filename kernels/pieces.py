@@ -8,12 +8,11 @@ pieces that one leaves. A rank with ten thousand short documents keeps none.
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-T = TypeVar("T")
+from seqpar.kernels.once import Once
 
 # hands over a state [B, slots, H, K, V] when it is first needed
 Late = Callable[[], Tensor]
@@ -39,7 +38,7 @@ class Run:
         return self.summaries.start, len(self.summaries), self.slots.start, *ends
 
 
-class Pieces:
+class Pieces(Once):
     """Spans [start, stop) of a rank's tokens, in order, and how states pass between them.
 
     enters, leaves: whether a state enters a span, from the one before it or from another rank, and
@@ -54,11 +53,11 @@ class Pieces:
         leaves: Sequence[bool],
         ranges: Sequence[tuple[int, int]],
     ) -> None:
+        super().__init__()
         self.spans = tuple(spans)
         self.ranges = tuple(ranges)
         self.entered = tuple(i for i, here in enumerate(enters) if here)
         self.left = tuple(i for i, here in enumerate(leaves) if here)
-        self._made: dict[Hashable, Any] = {}
 
     @cached_property
     def forward(self) -> list[Run]:
@@ -71,13 +70,6 @@ class Pieces:
         """The runs of their gradients: summaries are of `entered`, slots of `left`."""
         orders = [range(*bounds)[::-1] for bounds in self.ranges]
         return _runs(orders, self.left, self.entered)
-
-    def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What `make` returns, made once: tables that kernels read do not change."""
-        if key not in self._made:
-            self._made[key] = make()
-        made: T = self._made[key]
-        return made
 
     def table(
         self, name: Hashable, rows: Callable[[], Iterable[Sequence[int]]], device: torch.device

@@ -1,9 +1,7 @@
 """What a layer needs to know to work on one shard of a sequence: group, layout, exchange."""
 
-from collections.abc import Callable, Hashable
 from functools import lru_cache
 from itertools import accumulate, pairwise
-from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -11,13 +9,12 @@ from torch import Tensor
 from seqpar.comm import Communicator
 from seqpar.cost import Choice, Links, choose, nodes_of
 from seqpar.exchange import EXCHANGES
+from seqpar.kernels.once import Once
 from seqpar.kernels.pieces import Pieces
 from seqpar.layout import Layout
 
-T = TypeVar("T")
 
-
-class SequenceParallel:
+class SequenceParallel(Once):
     """One sequence cut over the ranks of a process group. Passed explicitly; there is no global.
 
     Args:
@@ -46,6 +43,7 @@ class SequenceParallel:
         links: Links | None = None,
         segment_tokens: int | None = None,
     ) -> None:
+        super().__init__()
         if layout is None:
             raise ValueError("layout=None: a Layout is needed, it says which tokens a rank holds")
         if exchange != "auto" and exchange not in EXCHANGES:
@@ -73,7 +71,6 @@ class SequenceParallel:
         self._reached = False
         self._pieces: dict[int | None, Pieces] = {}
         self._choices: dict[tuple[int, int, float], Choice] = {}
-        self._made: dict[Hashable, Any] = {}
 
     @property
     def exchanges(self) -> bool:
@@ -96,13 +93,6 @@ class SequenceParallel:
                 list(pairwise(ends)),
             )
         return self._pieces[limit]
-
-    def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What `make` returns, made once: what follows from the layout does not change."""
-        if key not in self._made:
-            self._made[key] = make()
-        made: T = self._made[key]
-        return made
 
     def choice(self, A_bytes: int, B_bytes: int, work: float = 0.0) -> Choice:
         """The exchange for summaries (A, B) of these sizes; print it to see why.
