@@ -59,26 +59,40 @@ def main() -> None:
         f"copies move {rate / 1e12:.2f} TB/s"
     )
     print(" ".join(f"{field.name:>13}" for field in fields(Row)))
-    rows = []
-    for decay, heads, tokens in cases(args.quick):
-        makers: dict[str, Callable[..., Tensor]] = {"seqpar": seqpar.linear_attention}
-        makers |= fla(decay) if args.fla else {}
-        if decay == "none" and heads == 16 and tokens <= 2**16:
-            makers["cuDNN softmax"] = softmax
-        for who, function in makers.items():
-            row = measure(decay, who, function, heads, tokens, rate)
-            rows.append(row)
-            print(" ".join(f"{show(value):>13}" for value in astuple(row)), flush=True)
-            if args.profile and who == "seqpar":
-                profile(function, make(decay, heads, tokens))
-    summarise(rows)
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        with open(args.out / "kernels.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(field.name for field in fields(Row))
-            writer.writerows(astuple(row) for row in rows)
-        plot(rows, args.out / "kernels.png")
+    rows: list[Row] = []
+    try:
+        for case in cases(args.quick):
+            run(*case, args, rate, rows)
+    finally:  # what there is when it is interrupted
+        summarise(rows)
+        if args.out:
+            write(rows, args.out)
+
+
+def run(
+    decay: str, heads: int, tokens: int, args: argparse.Namespace, rate: float, rows: list[Row]
+) -> None:
+    """Measure and print one case, by all there are to compare."""
+    makers: dict[str, Callable[..., Tensor]] = {"seqpar": seqpar.linear_attention}
+    makers |= fla(decay) if args.fla else {}
+    if decay == "none" and heads == 16 and tokens <= 2**16:
+        makers["cuDNN softmax"] = softmax
+    for who, function in makers.items():
+        row = measure(decay, who, function, heads, tokens, rate)
+        rows.append(row)
+        print(" ".join(f"{show(value):>13}" for value in astuple(row)), flush=True)
+        if args.profile and who == "seqpar":
+            profile(function, make(decay, heads, tokens))
+
+
+def write(rows: list[Row], folder: Path) -> None:
+    """kernels.csv and kernels.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "kernels.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(field.name for field in fields(Row))
+        writer.writerows(astuple(row) for row in rows)
+    plot(rows, folder / "kernels.png")
 
 
 def cases(quick: bool) -> list[tuple[str, int, int]]:
@@ -90,6 +104,7 @@ def cases(quick: bool) -> list[tuple[str, int, int]]:
         ]
         found += [("scalar", 16, 2**i) for i in (17, 18, 19, 20)]
         found += [(decay, 16, 2**i) for decay in ("none", "diagonal") for i in (14, 18)]
+        found += [("diagonal", *size) for size in ((16, 2**15), (2, 2**18))]
     return found
 
 
@@ -151,6 +166,8 @@ def profile(function: Callable[..., Tensor], inputs: list[Tensor]) -> None:
         torch.autograd.grad(function(*inputs), wanted, do)
         torch.cuda.synchronize()
     for event in sorted(trace.events() or [], key=lambda event: event.time_range.start):
+        if event.device_type != torch.autograd.DeviceType.CUDA:
+            continue
         print(f"    {event.name[:60]:<60} {event.time_range.elapsed_us():8.0f} us")
 
 
