@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
@@ -23,7 +22,15 @@ from seqpar.kernels.passes import Pass
 from seqpar.kernels.pieces import Late, Pieces
 from seqpar.kernels.state_kernels import fold_kernel, gate_kernel, scan_kernel
 from seqpar.kernels.transition import Decay, Identity, Transition
-from seqpar.kernels.tuned import BLOCK, fold_config, is_hopper, padded, piece_tokens, run_config
+from seqpar.kernels.tuned import (
+    BLOCK,
+    ceil_div,
+    fold_config,
+    is_hopper,
+    padded,
+    piece_tokens,
+    run_config,
+)
 
 
 @dataclass(frozen=True)
@@ -40,11 +47,11 @@ class TritonLinear:
         heads = v.shape[0] * v.shape[2]
         if _is_for_hopper(1.0, k, v):  # a processor holds one program, two of small ones
             held = 1 if max(k.shape[3], v.shape[3]) > 64 else 2
-            return piece_tokens(v.shape[1], triton.cdiv(heads, held), v.device)
+            return piece_tokens(v.shape[1], ceil_div(heads, held), v.device)
         columns = run_config(k.shape[3], v.shape[3], v.dtype).columns
         held = 4
-        programs = heads * triton.cdiv(v.shape[3], columns)
-        return piece_tokens(v.shape[1], triton.cdiv(programs, held), v.device)
+        programs = heads * ceil_div(v.shape[3], columns)
+        return piece_tokens(v.shape[1], ceil_div(programs, held), v.device)
 
     def prepare(
         self,
@@ -97,13 +104,13 @@ class TritonLinear:
             rows = 8
             return Launch(
                 scan_kernel,
-                len(table) * batch * heads * triton.cdiv(DY, rows),
+                len(table) * batch * heads * ceil_div(DY, rows),
                 [batch, summaries, filled.shape[1], arriving.shape[1]],
                 HEADS=heads,
                 DY=DY,
                 DZ=DZ,
                 BY=rows,
-                PADDED=triton.next_power_of_2(DZ),
+                PADDED=padded(DZ),
                 DECAY="key" if self.decay == "diagonal" else self.decay,
                 STEP=-1 if backwards else 1,
                 STORE=states is not None,
@@ -186,7 +193,7 @@ class _Prepared:
         if self.decay == "diagonal":
             return _Gate({}, empty(len(self.blocks), heads, K), saved)
         columns = run_config(V, K, self.k.dtype).columns
-        lines = K // 16 if self.hopper else triton.cdiv(K, columns)
+        lines = K // 16 if self.hopper else ceil_div(K, columns)
         shares = {name: empty(heads, lines, tokens) for name in ("dq", "dk")}
         return _Gate(shares, empty(heads, lines, len(self.blocks)), saved)
 
@@ -212,10 +219,8 @@ class _Prepared:
     def _fold(self, y: Tensor, z: Tensor, scale: float, *, reverse: bool) -> tuple[Tensor, Tensor]:
         batch, _, heads, DZ = z.shape
         DY = y.shape[-1]
-        config = fold_config(DY, DZ, z.dtype)
-        chunk = self.chunk if self.frames else config.chunk
         table = self.calls.once(
-            ("summaries", reverse), lambda: tables.summary_rows(self.pieces, reverse, chunk, z)
+            ("summaries", reverse), lambda: tables.summary_rows(self.pieces, reverse, self.chunk, z)
         )
         width = {"none": 0, "scalar": 1, "diagonal": DY}[self.decay]
         summaries = len(table)
@@ -224,9 +229,17 @@ class _Prepared:
         if not summaries:
             return A, B
 
-        def make() -> Launch:
-            blocks = triton.cdiv(DY, config.rows) * triton.cdiv(DZ, config.columns)
-            chunks = self.frames.levels.shape[1] if self.frames else 0
+        decay = "key" if self.decay == "diagonal" else self.decay
+
+        def make() -> Callable[..., None]:
+            pieces, chunks = len(self.table), self.frames.levels.shape[1] if self.frames else 0
+            if self.hopper:
+                from seqpar.kernels.hopper import hopper_fold
+
+                sizes = scale, summaries, pieces, chunks
+                return hopper_fold(y, z, self.gate, *sizes, decay, reverse)
+            config = fold_config(DY, DZ, z.dtype)
+            blocks = ceil_div(DY, config.rows) * ceil_div(DZ, config.columns)
             operand, precision = _operand(z.dtype)
             return Launch(
                 fold_kernel,
@@ -234,7 +247,7 @@ class _Prepared:
                 [
                     scale,
                     batch,
-                    len(self.table),
+                    pieces,
                     chunks,
                     *y.stride()[:3],
                     *z.stride()[:3],
@@ -247,8 +260,8 @@ class _Prepared:
                 DZ=DZ,
                 BY=config.rows,
                 BZ=config.columns,
-                C=chunk,
-                DECAY="key" if self.decay == "diagonal" else self.decay,
+                C=self.chunk if self.frames else config.chunk,
+                DECAY=decay,
                 REVERSE=reverse,
                 OPERAND=operand,
                 PRECISION=precision,
@@ -326,7 +339,7 @@ def _general_launch(p: Pass) -> Launch:
     strides = (stride for x in (p.x, p.y, p.z, p.other, p.gate) for stride in x.stride()[:3])
     return Launch(
         run_kernel,
-        triton.cdiv(DZ, config.columns) * heads * batch * len(p.table),
+        ceil_div(DZ, config.columns) * heads * batch * len(p.table),
         [*p.numbers, *strides, *p.state_strides],
         HEADS=heads,
         **p.groups,

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from seqpar.kernels import tables
@@ -11,7 +10,7 @@ from seqpar.kernels.frame_kernels import enter_kernel, leave_kernel, steps_kerne
 from seqpar.kernels.launch import Launch
 from seqpar.kernels.once import Once
 from seqpar.kernels.pieces import Pieces
-from seqpar.kernels.tuned import frame_warps, padded
+from seqpar.kernels.tuned import ceil_div, frame_warps, padded
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def leave(
         columns = min(padded(dim), 32)
         return Launch(
             leave_kernel,
-            triton.cdiv(dim, columns) * len(blocks) * heads * batch,
+            ceil_div(dim, columns) * len(blocks) * heads * batch,
             [batch, tokens, frames.levels.shape[1], len(blocks), *gate.stride()[:3]],
             HEADS=heads,
             DIM=dim,

@@ -412,7 +412,7 @@ def run_hopper_kernel(
         if DECAY == "scalar":
             reach = lines.index(4 * even + 2).load(gl.SliceLayout(0, ADDED_OPERAND))
             added = z_tile.permute((1, 0)).load(ADDED_OPERAND)
-            added = added * reach.to(dtype)[None, :]
+            added = (added.to(gl.float32) * reach[None, :]).to(dtype)
             state = warpgroup_mma(added, y_tile, state * decayed, is_async=True)
         else:
             state = warpgroup_mma(z_tile.permute((1, 0)), y_tile, state, is_async=True)
@@ -449,10 +449,10 @@ def run_hopper_kernel(
         if SHARES:
             w_tile = w_tiles.index(ring).permute((1, 0)).load(MIXED).to(gl.float32)
             share = gl.sum(gl.reshape(mixed * w_tile, [num_warps, 16, C]), 1)
-            warp_of_share = gl.arange(0, num_warps, gl.SliceLayout(1, share.type.layout))
-            token = gl.arange(0, C, gl.SliceLayout(0, share.type.layout))
-            share_at = shares + warp_of_share[:, None] * tokens + (here + token)[None, :]
-            gl.store(share_at, share, mask=(token < size)[None, :] & (warp_of_share >= 0)[:, None])
+            token = here + gl.arange(0, C, gl.SliceLayout(0, WARPS))
+            share_at = shares + warp[:, None] * tokens + token[None, :]
+            share = gl.convert_layout(share, WARPS)
+            gl.store(share_at, share, mask=(token < length)[None, :] & (warp >= 0)[:, None])
 
         if size < C:
             z_at = gl.arange(0, DZ, gl.SliceLayout(1, MIXED))

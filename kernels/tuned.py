@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import triton
 
 # tokens between the states that the gradient of the decays needs (see decay_kernels.py)
 BLOCK = {"none": 1024, "scalar": 1024, "diagonal": 512}
@@ -46,7 +45,7 @@ def piece_tokens(tokens: int, programs: int, device: torch.device) -> int:
     programs: that one piece takes, over all its heads, for each that a processor can hold.
     """
     wanted = max(1, processors(device) // programs)
-    return max(256, triton.cdiv(triton.cdiv(tokens, wanted), 64) * 64)
+    return max(256, ceil_div(ceil_div(tokens, wanted), 64) * 64)
 
 
 @cache
@@ -65,4 +64,9 @@ def is_hopper(device: torch.device) -> bool:
 
 def padded(size: int) -> int:
     """The next power of two that tensor cores take."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)

@@ -1,9 +1,10 @@
-"""Compiles the Hopper kernel for every kind of pass, without a GPU; run by test_triton.py.
+"""Compiles the Hopper kernels for every kind of pass, without a GPU; run by test_triton.py.
 
 A process of its own, for under Triton's interpreter nothing can be compiled.
 """
 
 from itertools import product
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -11,49 +12,66 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from seqpar.kernels.hopper import CHUNK
+from seqpar.kernels.hopper_fold_kernels import fold_hopper_kernel
 from seqpar.kernels.hopper_kernels import run_hopper_kernel
 
 DESCRIPTORS = ("x", "y", "z", "other", "out")
 POINTERS = {"out_pointer": "*bf16"} | dict.fromkeys(["steps", "counts", "table"], "*i32")
-POINTERS |= dict.fromkeys(["gate", "entering", "saved", "shares", "flows", "halves"], "*fp32")
+POINTERS |= dict.fromkeys(
+    ["gate", "entering", "saved", "shares", "flows", "halves", "A", "B"], "*fp32"
+)
 
 
 def compile_for(dim: int, decay: str, reverse: bool, gate: bool) -> None:
-    constants: dict[str, object] = {
-        "HEADS": 4,
-        "DY": dim,
-        "DZ": dim,
-        "C": CHUNK,
-        "SPAN": 512,
-        "STAGES": 3,
-    }
+    constants: dict[str, object] = {"GATE": gate, "SPAN": 512, "STAGES": 3}
     constants |= {f"{x}_GROUP": 2 for x in "XYZW"}
-    constants |= {"DECAY": decay, "REVERSE": reverse, "GATE": gate, "num_warps": dim // 16}
-    wide = decay == "value"  # whose output is fp32
+    wide = {"out", "out_pointer"} if decay == "value" else set()  # whose output is fp32
+    build(run_hopper_kernel, dim, decay, reverse, constants, wide)
+
+
+def compile_fold(dim: int, decay: str, reverse: bool) -> None:
+    build(fold_hopper_kernel, dim, decay, reverse, {"Y_GROUP": 2, "STAGES": 4}, set())
+
+
+def build(
+    kernel: Any,
+    dim: int,
+    decay: str,
+    reverse: bool,
+    constants: dict[str, object],
+    wide: set[str],
+) -> None:
+    constants |= {"HEADS": 4, "DY": dim, "DZ": dim, "C": CHUNK}
+    constants |= {"DECAY": decay, "REVERSE": reverse, "num_warps": dim // 16}
+    names = kernel.arg_names
     signature = {}
-    names = run_hopper_kernel.arg_names
     for name in names:
         if name in DESCRIPTORS:
             tile = [CHUNK, dim]
-            dtype = gl.float32 if wide and name == "out" else gl.bfloat16
+            dtype = gl.float32 if name in wide else gl.bfloat16
             layout = gl.NVMMASharedLayout.get_default_for(tile, dtype)
             signature[name] = f"tensordesc<{dtype}{tile},{layout!r}>"
+        elif name in constants:
+            signature[name] = "constexpr"
+        elif name in wide:
+            signature[name] = "*fp32"
         else:
-            kind = "fp32" if name == "scale" else POINTERS.get(name, "i32")
-            kind = "*fp32" if wide and name == "out_pointer" else kind
-            signature[name] = "constexpr" if name in constants else kind
+            signature[name] = "fp32" if name == "scale" else POINTERS.get(name, "i32")
     places = {(names.index(name),): value for name, value in constants.items()}
-    source = GluonASTSource(run_hopper_kernel, signature, constexprs=places)
+    source = GluonASTSource(kernel, signature, constexprs=places)
     compiled = triton.compile(
         source, target=GPUTarget("cuda", 90, 32), options={"num_warps": dim // 16}
     )
     shared = compiled.metadata.shared
-    print(f"{dim} {decay} {reverse=} {gate=}: {shared} bytes of shared memory")
+    print(f"{kernel.fn.__name__} {dim} {decay} {reverse=}: {shared} bytes of shared memory")
     assert shared <= 232448, "more than a Hopper program may have"
 
 
 if __name__ == "__main__":
     compile_for(64, "none", False, False)
+    compile_fold(64, "none", False)
     for reverse, gate in product((False, True), repeat=2):
         compile_for(128, "scalar", reverse, gate)
         compile_for(128, "value" if gate else "key", reverse, gate)
+    for reverse, decay in ((False, "none"), (True, "scalar"), (False, "key"), (True, "key")):
+        compile_fold(128, decay, reverse)

@@ -110,7 +110,9 @@ def check(decay: str, dtype: torch.dtype, size: tuple[int, ...], nats: float) ->
         if name == "log_decay" and size[0] == 1:  # no state to decay: q dq - k dk, equal
             assert x.abs().max() < 1e-6 * (found["q"] * given["q"]).abs().max()
             continue
-        off, bound = error(x, right[name]), 2 * usual[name]
+        # few tokens' sums can be exact by chance in fp32: allow what four of its roundings make
+        least = 4 * torch.finfo(torch.float32).eps if dtype == torch.float32 else 0.0
+        off, bound = error(x, right[name]), max(2 * usual[name], least)
         print(f"{decay} {dtype} {size} {nats} {name}: {off:.1e}, plain {usual[name]:.1e}")
         assert off <= bound, f"{name}: {off:.2e} is above {bound:.2e}"
 
@@ -188,8 +190,8 @@ def test_64k_tokens_equal_the_chunked_form_in_fp64(decay: str) -> None:
 
 
 def test_a_constant_decay_gets_its_gradient() -> None:
-    given = inputs("none", (300, 2, 1, 128, 128), 0)
-    given["log_decay"] = torch.tensor([-0.01, -1.0], device="cuda").double()
+    given = inputs("none", (300, 16, 1, 128, 128), 0)
+    given["log_decay"] = -torch.logspace(-3, 0, 16, device="cuda").float().double()
     do = torch.randn_like(given["v"])
     right = differentiate(specification, given, torch.float64, do)
     usual = differentiate(plain, given, torch.bfloat16, do)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler import DeviceType  # type: ignore[attr-defined]
 
 import seqpar
 
@@ -166,7 +167,7 @@ def profile(function: Callable[..., Tensor], inputs: list[Tensor]) -> None:
         torch.autograd.grad(function(*inputs), wanted, do)
         torch.cuda.synchronize()
     for event in sorted(trace.events() or [], key=lambda event: event.time_range.start):
-        if event.device_type != torch.autograd.DeviceType.CUDA:
+        if event.device_type != DeviceType.CUDA:
             continue
         print(f"    {event.name[:60]:<60} {event.time_range.elapsed_us():8.0f} us")
 
