@@ -1,5 +1,6 @@
 """The Triton kernels under the interpreter, fp32, against the token loop in fp64."""
 
+import math
 import os
 import subprocess
 import sys
@@ -12,11 +13,16 @@ from harness import assert_close, run_ranks
 from torch import Tensor
 
 import seqpar
-from seqpar.kernels import reference
+from seqpar.kernels import frames, reference
 from seqpar.kernels.choose import choose_linear
+from seqpar.kernels.once import Once
 from seqpar.kernels.pieces import Pieces
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter"),
+    # scores of later tokens may overflow in a frame; they are masked
+    pytest.mark.filterwarnings("ignore:.* encountered in matmul:RuntimeWarning"),
+]
 
 WIDTHS = {"none": None, "scalar": 1, "diagonal": -1}
 
@@ -134,6 +140,36 @@ def test_slices_of_a_packed_projection_and_a_constant_decay_need_no_copies() -> 
     gradients = torch.autograd.grad((found * do.float()).sum(), (x, g))
     for name, gradient, right in zip(("packed", "decay"), gradients, expected, strict=True):
         assert_close(name, gradient, right, 1e-5)
+
+
+def test_frames_are_halved_where_a_channel_decays_too_far() -> None:
+    """q' · k' is the decayed score within each frame, and all frames of a piece are listed."""
+    q, k, _, _ = inputs("none", 100, 1, 1, 16, 16, 1, 0.1)
+    gate = torch.full((1, 100, 1, 16), -0.1)
+    gate[:, 32:64, :, 3] = -6.0  # 192 nats in 32 tokens
+    gate[:, 96:, :, 0] = -25.0  # more than a frame of 8 holds
+    pieces = Pieces([(0, 100)], [False], [False], [(0, 1)])
+    found = frames.enter(q.float(), k.float(), gate, pieces, 512, 32, torch.float32, Once())
+    assert found.levels.flatten().tolist() == [0, 1, 0, 0]
+    steps = found.steps[0, 0, : found.counts.item()].tolist()
+    assert [(step // 4 * 8, 32 >> step % 4) for step in steps] == [
+        (0, 32),
+        (32, 16),
+        (48, 16),
+        (64, 32),
+        (96, 32),
+    ]
+    total = gate.double()[0, :, 0].cumsum(0)
+    for first, size in ((0, 32), (32, 16), (48, 16), (64, 32), (96, 4)):
+        rows = slice(first, first + size)
+        scores = found.q[0, rows, 0].double() @ found.k[0, rows, 0].double().T
+        factor = (total[rows, None] - total[None, rows]).clamp(max=0).exp()
+        right = (q[0, rows, 0, None] * factor * k[0, None, rows, 0]).sum(-1)
+        assert_close(f"from {first}", scores.tril(), right.tril(), 1e-5)
+        half = found.halves[0, first // 8, 0].double()
+        ends = total[min(first + size, 100) - 1] - (total[first - 1] if first else 0)
+        if first < 96:  # where nothing counts as less than it is
+            assert_close("half", half, ends / 2 / math.log(2), 1e-5)
 
 
 def test_short_documents_keep_no_states() -> None:
