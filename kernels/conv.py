@@ -4,12 +4,13 @@ Both take the tokens as equal ranges of a stream, each of which may have a halo:
 before it, zeros where there are none.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from seqpar.kernels.strides import dense, in_units
 
 WIDEST = 8
 """Taps that the Triton kernels keep in registers."""
@@ -178,18 +179,6 @@ class Convolution:
         assert dx is not None
         assert d_weight is not None
         return dx, d_halo, d_weight, d_bias
-
-
-def dense(x: Tensor) -> Tensor:
-    """x with its channels side by side, as the kernels read them."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def in_units(x: Tensor) -> tuple[list[int], int]:
-    """The strides of x but the last, in the largest units up to 8 elements that divide them all."""
-    strides = x.stride()[:-1]
-    unit = math.gcd(8, *strides)
-    return [stride // unit for stride in strides], unit
 
 
 def _block(channels: int, most: int) -> int:

@@ -108,6 +108,7 @@ def run_kernel(
     DECAY: tl.constexpr,
     REVERSE: tl.constexpr,
     GATE: tl.constexpr,
+    STRICT: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     SPAN: tl.constexpr,
@@ -117,7 +118,8 @@ def run_kernel(
 
     DECAY: "none", "scalar", and diagonal along "key" (y) or "value" (z). GATE: whether to write
     what the gradient of the decays needs of this pass: saved [B, saves, H, DZ, DY] and flows, and
-    with scalar decay shares, for which `other` is the input that `out` is the gradient of.
+    with scalar decay shares, for which `other` is the input that `out` is the gradient of. STRICT:
+    sum over j before (or after) i only.
     """
     FRAMED: tl.constexpr = DECAY == "key" or DECAY == "value"
     SHARES: tl.constexpr = GATE and not FRAMED
@@ -233,7 +235,7 @@ def run_kernel(
         scores = tl.dot(x_tile, tl.trans(y_tile), input_precision=PRECISION)
         high = state.to(OPERAND)
         mixed = tl.dot(x_tile, tl.trans(high), input_precision=PRECISION)
-        if GATE and tl.bfloat16 == OPERAND:
+        if (GATE or STRICT) and tl.bfloat16 == OPERAND:
             low = (state - high.to(tl.float32)).to(OPERAND)
             mixed = tl.dot(x_tile, tl.trans(low), mixed)
         added = z_tile
@@ -244,6 +246,8 @@ def run_kernel(
 
         if SHARES:
             own = tl.sum(tl.where(here, scores, 0.0), 1)
+            scores = tl.where(causal, scores, 0.0)
+        elif STRICT:
             scores = tl.where(causal, scores, 0.0)
         else:
             scores = tl.where(causal | here, scores, 0.0)

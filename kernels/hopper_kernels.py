@@ -163,11 +163,15 @@ def run_hopper_kernel(
     DECAY: gl.constexpr,
     REVERSE: gl.constexpr,
     GATE: gl.constexpr,
+    STRICT: gl.constexpr,
     SPAN: gl.constexpr,
     STAGES: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """x, y [B*T, columns], heads `xh`, `yh` columns apart, in tiles [C, DY]; z, out likewise."""
+    """x, y [B*T, columns], heads `xh`, `yh` columns apart, in tiles [C, DY]; z, out likewise.
+
+    STRICT: leave j = i out; for passes forwards.
+    """
     dtype: gl.constexpr = x.dtype
     FRAMED: gl.constexpr = DECAY == "key" or DECAY == "value"
     SHARES: gl.constexpr = GATE and not FRAMED
@@ -288,7 +292,9 @@ def run_hopper_kernel(
 
     j_index = gl.arange(0, C, gl.SliceLayout(1, SCORES))
     i_index = gl.arange(0, C, gl.SliceLayout(0, SCORES))
-    if REVERSE:
+    if STRICT:
+        allowed = j_index[:, None] < i_index[None, :]
+    elif REVERSE:
         allowed = j_index[:, None] >= i_index[None, :]
     else:
         allowed = j_index[:, None] <= i_index[None, :]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from seqpar.kernels.choose import uses_triton
-from seqpar.kernels.conv import dense, in_units
+from seqpar.kernels.strides import dense, in_units
 
 WIDEST = 1024
 """Channels of a head that the Triton kernels hold in registers."""

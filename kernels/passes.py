@@ -1,10 +1,20 @@
-"""One pass over the tokens, as both run kernels take it."""
+"""The passes of the run kernels over the tokens, launched, for every family made of them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
+from seqpar.kernels import tables
+from seqpar.kernels.decay_kernels import run_kernel
 from seqpar.kernels.frames import Frames
+from seqpar.kernels.launch import Launch
+from seqpar.kernels.once import Once
+from seqpar.kernels.pieces import Pieces
+from seqpar.kernels.tuned import BLOCK, ceil_div, is_hopper, padded, run_config
 
 
 @dataclass(frozen=True)
@@ -13,8 +23,9 @@ class Pass:
 
     x, y, z, other [B, T, H, D] at their own numbers of heads; gate [B, T, heads, 1]; out [B, T,
     heads, DZ]; entering [B, slots, heads, K, V]. decay: "none", "scalar", "key" or "value".
-    transposed: DZ is K and DY is V. gated: whether the gradient of the decays is wanted. block: its
-    tokens; blocks: how many there are. frames: of diagonal decay.
+    transposed: DZ is K and DY is V. gated: whether the gradient of the decays is wanted. strict:
+    whether a token is left out of its own sum. block: its tokens; blocks: how many there are.
+    frames: of diagonal decay.
     """
 
     x: Tensor
@@ -33,6 +44,7 @@ class Pass:
     reverse: bool
     transposed: bool
     gated: bool
+    strict: bool
     frames: Frames | None
 
     @property
@@ -54,3 +66,186 @@ class Pass:
         heads = self.out.shape[2]
         named = {"X": self.x, "Y": self.y, "Z": self.z, "W": self.other}
         return {f"{name}_GROUP": heads // x.shape[2] for name, x in named.items()}
+
+
+@dataclass(frozen=True)
+class Traces:
+    """What the passes of dq and dk leave for the gradient of the decays (see the kernels)."""
+
+    shares: dict[str, Tensor]  # of scalar decay, [B, H, lines, T]
+    flows: Tensor  # [B, H, lines, blocks], or of diagonal decay [B, blocks, H, K]
+    saved: Tensor  # states at the ends of blocks, [B, saves, H, K, V]
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """The passes of one direction, over the same tokens.
+
+    decay: "none", "scalar" or "diagonal". calls: what calls alike share. hopper: whether Hopper's
+    own kernel runs them. gate [B, T, HV, 1] of scalar decay, any tensor otherwise. frames: of
+    diagonal decay, that q and k are relative to. chunk: tokens of the longest.
+    """
+
+    decay: str
+    pieces: Pieces
+    calls: Once
+    hopper: bool
+    chunk: int
+    gate: Tensor
+    frames: Frames | None
+
+    @property
+    def block(self) -> int:
+        """Tokens between the states that the gradient of the decays needs."""
+        return BLOCK[self.decay]
+
+    @property
+    def table(self) -> Tensor:
+        """`tables.piece_rows`."""
+        return self.calls.once(
+            "pieces", lambda: tables.piece_rows(self.pieces, self.block, self.chunk, self.gate)
+        )
+
+    @property
+    def blocks(self) -> Tensor:
+        """`tables.cut_rows` of the gradient of the decays."""
+        return self.calls.once(
+            "blocks", lambda: tables.cut_rows(self.pieces, self.block, self.chunk, self.gate)
+        )
+
+    @property
+    def framed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """halves, steps and counts of the frames; any tensors where there are none."""
+        if self.frames is None:
+            return self.table, self.table, self.table
+        return self.frames.halves, self.frames.steps, self.frames.counts
+
+    def traces(self, k: Tensor, v: Tensor) -> Traces:
+        """Room for them, for k [B, T, H, K] and v [B, T, HV, V]."""
+        batch, tokens, heads, V = v.shape
+        K = k.shape[-1]
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(batch, *shape, dtype=torch.float32, device=v.device)
+
+        saved = empty(tables.saves(self.pieces, self.block), heads, K, V)
+        if self.decay == "diagonal":
+            return Traces({}, empty(len(self.blocks), heads, K), saved)
+        columns = run_config(V, K, k.dtype).columns
+        lines = K // 16 if self.hopper else ceil_div(K, columns)
+        shares = {name: empty(heads, lines, tokens) for name in ("dq", "dk")}
+        return Traces(shares, empty(heads, lines, len(self.blocks)), saved)
+
+    def run(
+        self,
+        name: str,
+        operands: tuple[Tensor, Tensor, Tensor],
+        states: Tensor,
+        scale: float,
+        dtype: torch.dtype,
+        *,
+        reverse: bool = False,
+        transposed: bool = False,
+        strict: bool = False,
+        other: Tensor | None = None,
+        traces: Traces | None = None,
+    ) -> Tensor:
+        """One pass (see decay_kernels.py): its output [B, T, HV, DZ], for x, y and z.
+
+        name: says all of what follows it but the tensors, to calls alike. states: those that enter
+        pieces, or of reverse passes the gradients of those that leave.
+        """
+        x, y, z = operands
+        if other is None or self.frames is not None:
+            other = z
+        out = torch.empty(*x.shape[:2], states.shape[2], z.shape[-1], dtype=dtype, device=z.device)
+        saved = shares = flows = states
+        if traces is not None:
+            saved, flows, shares = traces.saved, traces.flows, traces.shares.get(name, states)
+
+        def make() -> Callable[..., None]:
+            p = Pass(
+                x,
+                y,
+                z,
+                other,
+                self.gate,
+                states,
+                saved,
+                out,
+                self.table,
+                self.block,
+                len(self.blocks),
+                scale,
+                {"diagonal": "value" if transposed else "key"}.get(self.decay, self.decay),
+                reverse=reverse,
+                transposed=transposed,
+                gated=traces is not None,
+                strict=strict,
+                frames=self.frames,
+            )
+            if not self.hopper:
+                return _general_launch(p)
+            from seqpar.kernels.hopper import hopper_launch
+
+            return hopper_launch(p)
+
+        run = self.calls.once((name, traces is None, states.shape[1]), make)
+        run(x, y, z, other, out, self.gate, states, saved, shares, flows, *self.framed, self.table)
+        return out
+
+
+def _general_launch(p: Pass) -> Launch:
+    batch, _, heads, DZ = p.out.shape
+    DY = p.y.shape[-1]
+    config = run_config(DY, DZ, p.x.dtype)
+    operand, precision = products(p.x.dtype)
+    strides = (stride for x in (p.x, p.y, p.z, p.other, p.gate) for stride in x.stride()[:3])
+    return Launch(
+        run_kernel,
+        ceil_div(DZ, config.columns) * heads * batch * len(p.table),
+        [*p.numbers, *strides, *p.state_strides],
+        HEADS=heads,
+        **p.groups,
+        DY=DY,
+        DZ=DZ,
+        BY=padded(DY),
+        BZ=config.columns,
+        C=p.frames.chunk if p.frames else config.chunk,
+        DECAY=p.decay,
+        REVERSE=p.reverse,
+        GATE=p.gated,
+        STRICT=p.strict,
+        OPERAND=operand,
+        PRECISION=precision,
+        SPAN=p.block,
+        STAGES=config.stages,
+        num_warps=config.warps,
+    )
+
+
+def is_for_hopper(*operands: Tensor) -> bool:
+    """Whether Hopper's own run kernel takes passes over these."""
+    if not is_hopper(operands[0].device):
+        return False
+    from seqpar.kernels.hopper import fits
+
+    return fits(*operands)
+
+
+def ungroup(dx: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x from those of its copies in each head of v."""
+    if dx.shape[2] == x.shape[2]:
+        return dx
+    return dx.unflatten(2, (x.shape[2], -1)).sum(3)
+
+
+def products(dtype: torch.dtype) -> tuple[tl.dtype, str]:
+    """What products are formed in. fp16 could hold neither the state nor a frame's factors.
+
+    fp32 is taken as the sum of three bf16 numbers: three TF32 products are as exact themselves, but
+    tensor cores truncate sums, and add up twice as many terms at once in bf16.
+    """
+    if dtype == torch.bfloat16:
+        return tl.bfloat16, "ieee"
+    return tl.float32, "bf16x6" if isinstance(run_kernel, JITFunction) else "ieee"

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import seqpar
-from seqpar.kernels import decay as launcher
-from seqpar.kernels import reference
+from seqpar.kernels import passes, reference
 from seqpar.kernels.choose import choose_linear
+from seqpar.kernels.decay import TritonLinear
 from seqpar.kernels.linear import DECAYED_LINEAR, LINEAR
 
 pytestmark = [
@@ -156,7 +156,7 @@ def test_the_general_kernels_are_right_where_hopper_has_its_own(
     decay: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gated backward products in Triton: 3.4 to 3.7.0 are known to miscompile some on Hopper."""
-    monkeypatch.setattr(launcher, "is_hopper", lambda device: False)
+    monkeypatch.setattr(passes, "is_hopper", lambda device: False)
     for size in SIZES[:8]:
         check(decay, torch.bfloat16, size, 0.3)
 
@@ -201,7 +201,7 @@ def test_a_constant_decay_gets_its_gradient() -> None:
 
 def test_which_kernels_run() -> None:
     x = torch.zeros(1, 4, 1, 16, device="cuda", dtype=torch.bfloat16)
-    assert isinstance(choose_linear(x, x, []), launcher.TritonLinear)
+    assert isinstance(choose_linear(x, x, []), TritonLinear)
     assert choose_linear(x.double(), x.double(), []) is LINEAR
     wide = torch.zeros(1, 4, 1, 300, device="cuda")
     assert choose_linear(wide, wide, [wide]) is DECAYED_LINEAR

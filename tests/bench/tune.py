@@ -17,7 +17,7 @@ from multiprocessing.pool import AsyncResult
 import torch
 
 import seqpar
-from seqpar.kernels import decay as launcher
+from seqpar.kernels import decay, passes
 from seqpar.kernels.tuned import Config, padded
 
 from .kernels import DECAYS, median_ms
@@ -86,9 +86,10 @@ def gather(pool: "mp.pool.Pool", function: Callable[..., object], tasks: list) -
 
 
 def use(trial: Trial) -> None:
-    """Let the launcher take this configuration, and no kernels but the general ones."""
-    launcher.__dict__["is_hopper"] = lambda device: False
-    launcher.__dict__[f"{trial.kernel}_config"] = lambda *arguments: trial.config
+    """Let the launchers take this configuration, and no kernels but the general ones."""
+    passes.__dict__["is_hopper"] = lambda device: False
+    for launcher in (decay, passes):
+        launcher.__dict__[f"{trial.kernel}_config"] = lambda *arguments: trial.config
 
 
 def inputs(trial: Trial, tokens: int, heads: int, dtype: torch.dtype) -> list[torch.Tensor]:
