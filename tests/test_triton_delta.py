@@ -3,8 +3,11 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +15,10 @@ from harness import assert_close, run_ranks
 from torch import Tensor
 
 import seqpar
-from seqpar.kernels import reference
+from seqpar.kernels import delta_triton, reference
 from seqpar.kernels.choose import choose_delta
 from seqpar.kernels.pieces import Pieces
+from seqpar.kernels.tuned import Config, run_config
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
 
@@ -89,7 +93,6 @@ def check(
     V: int,
     batch: int,
     nats: float,
-    chunk: int = 32,
 ) -> None:
     given = inputs(decay, cuts[-1], heads, K, V, batch, nats)
     entering = torch.randn(batch, heads[1], K, V).double()
@@ -121,3 +124,100 @@ def check(
     for name, x, right in zip(names, gradients, expected, strict=False):
         assert x is not None
         assert_close(name, x.reshape(right.shape), right, bound)
+
+
+@pytest.mark.parametrize("case", [CASES[3], CASES[5], CASES[8]], ids=str)
+def test_frames_of_two_steps_as_on_hopper(case: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    def longer(*arguments: Any) -> Config:
+        return replace(run_config(*arguments), chunk=64)
+
+    monkeypatch.setattr(delta_triton, "run_config", longer)
+    check(*case)
+
+
+@pytest.mark.parametrize("decay", WIDTHS)
+def test_a_sequence_cut_at_random_equals_the_uncut_one(decay: str) -> None:
+    """Through (A, B) of each piece, forwards and backwards."""
+    K, V, tokens = 24, 16, 150
+    given = inputs(decay, tokens, (1, 1), K, V, 1, 3)
+    (q, k, v), gates = as_gates(given)
+    family = choose_delta(k, v, gates)
+    do, start, end = torch.randn_like(v), torch.randn(1, 1, 1, K, V), torch.randn(1, 1, 1, K, V)
+
+    def run(cuts: list[int]) -> list[Tensor]:
+        count = len(cuts) - 1
+        pieces = Pieces(list(pairwise(cuts)), [True] * count, [True] * count, [(0, count)])
+        states, adjoints = (torch.empty(1, count, 1, K, V) for _ in range(2))
+        prepared = family.prepare(q, k, v, gates, 1.0, pieces)
+        maps = prepared.summarize(), prepared.summarize_backward(do)
+        S = family.scan(*maps[0], pieces, start, states, backwards=False)
+        dS = family.scan(*maps[1], pieces, end, adjoints, backwards=True)
+        o = prepared.run(lambda: states)
+        gradients = prepared.run_backward(states, do, lambda: adjoints, [True] * len(gates))
+        totals = [
+            family.transition.total(A, run.summaries)
+            for (A, _), run in zip(maps, (pieces.forward[0], pieces.backward[0]), strict=True)
+        ]
+        return [S, dS, *totals, o, *(x for x in gradients if x is not None)]
+
+    whole = run([0, tokens])
+    assert_close("A and its adjoint", whole[2].mT, whole[3], 1e-5)
+    cuts = sorted(torch.randperm(tokens - 1)[:6].add(1).tolist())
+    for i, (x, right) in enumerate(zip(run([0, *cuts, tokens]), whole, strict=True)):
+        assert_close(str(i), x, right, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("decay", WIDTHS)
+def test_packed_documents_on_two_ranks_equal_the_token_loop(decay: str, kind: str) -> None:
+    documents = [0, 1, 30, 110, 120, 140, 192]
+    leaves = [x.requires_grad_() for x in inputs(decay, 192, (1, 2), 16, 16, 1, 1)]
+    o, _ = reference.delta_attention(*leaves, cu_seqlens=documents)
+    do = torch.randn_like(o)
+    expected = [o.detach(), *torch.autograd.grad((o * do).sum(), leaves)]
+    layout = seqpar.Layout(192, 2, kind, documents)
+
+    def work(rank: int) -> list[Tensor]:
+        sp = seqpar.SequenceParallel(layout=layout, segment_tokens=64)
+        local = [layout.shard(x.detach(), rank).float().requires_grad_() for x in leaves]
+        o = seqpar.delta_attention(*local, sp=sp)
+        return [o.detach(), *torch.autograd.grad(o, local, layout.shard(do, rank).float())]
+
+    for rank, results in enumerate(run_ranks(work, 2)):
+        for i, (result, whole) in enumerate(zip(results, expected, strict=True)):
+            wanted = layout.shard(whole, rank)
+            assert_close(f"{i} on rank {rank}", result, wanted, 1e-5, whole=whole)
+
+
+def test_slices_of_a_packed_projection_need_no_copies() -> None:
+    packed = torch.randn(2, 40, 2, 3 * 16 + 2).double()
+    packed = torch.nn.functional.normalize(packed, dim=-1).requires_grad_()
+
+    def attend(x: Tensor, function: Callable[..., Any]) -> Any:
+        q, k, v, beta, g = x.split([16, 16, 16, 1, 1], -1)
+        return function(q, k, v, beta.sigmoid()[..., 0], -g.exp()[..., 0])
+
+    o = attend(packed, lambda *x: reference.delta_attention(*x)[0])
+    do = torch.randn_like(o)
+    expected = torch.autograd.grad(o, packed, do)
+    x = packed.detach().float().requires_grad_()
+    found = attend(x, seqpar.delta_attention)
+    assert_close("o", found, o, 1e-5)
+    assert_close("gradient", *torch.autograd.grad(found, x, do.float()), *expected, 1e-5)
+
+
+def test_what_triton_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = torch.zeros(1, 4, 1, 300)
+    with pytest.raises(ValueError, match=r"K=300 .* at most 256"):
+        seqpar.delta_attention(wide, wide, wide, wide[..., 0])
+    monkeypatch.delenv("SEQPAR_KERNELS")
+    assert type(choose_delta(wide, wide, [])).__name__ == "Chunked"
+
+
+def test_the_kernels_compile_without_a_gpu() -> None:
+    script = Path(__file__).with_name("delta_compiles.py")
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(script.parents[1])}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
