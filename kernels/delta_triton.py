@@ -130,7 +130,10 @@ class _Prepared:
         traces = passes.traces(minus, self.v) if passes.frames is not None else None
         dtype = torch.float32 if passes.frames is not None else self.given[0].dtype
         u, r = self._values(entering, residual=True)
-        forth = partial(passes.run, states=entering, transposed=True)
+        # products with rounded states do not cancel in the gradient of the decays
+        forth = partial(
+            passes.run, states=entering, transposed=True, split=passes.frames is not None
+        )
         dq = forth("dq", (do, u, minus), scale=self.scale, dtype=dtype, traces=traces)
         adjoints = leaving()
         dx, d_beta = self._values_back(do, r, adjoints)

@@ -18,7 +18,9 @@ POINTERS = {"out_pointer": "*bf16"} | dict.fromkeys(["steps", "counts", "table"]
 POINTERS |= dict.fromkeys(["gate", "entering", "saved", "shares", "flows", "halves"], "*fp32")
 
 
-def compile_for(dim: int, decay: str, reverse: bool, gate: bool, strict: bool = False) -> None:
+def compile_for(
+    dim: int, decay: str, reverse: bool, gate: bool, strict: bool = False, split: bool = False
+) -> None:
     constants: dict[str, object] = {
         "HEADS": 4,
         "DY": dim,
@@ -28,7 +30,13 @@ def compile_for(dim: int, decay: str, reverse: bool, gate: bool, strict: bool = 
         "STAGES": 3,
     }
     constants |= {f"{x}_GROUP": 2 for x in "XYZW"}
-    constants |= {"DECAY": decay, "REVERSE": reverse, "GATE": gate, "STRICT": strict}
+    constants |= {
+        "DECAY": decay,
+        "REVERSE": reverse,
+        "GATE": gate,
+        "STRICT": strict,
+        "SPLIT": split,
+    }
     constants["num_warps"] = dim // 16
     wide = decay == "value" or strict  # whose output is fp32
     signature = {}
@@ -49,7 +57,7 @@ def compile_for(dim: int, decay: str, reverse: bool, gate: bool, strict: bool = 
         source, target=GPUTarget("cuda", 90, 32), options={"num_warps": dim // 16}
     )
     shared = compiled.metadata.shared
-    print(f"{dim} {decay} {reverse=} {gate=} {strict=}: {shared} bytes of shared memory")
+    print(f"{dim} {decay} {reverse=} {gate=} {strict=} {split=}: {shared} bytes of shared memory")
     assert shared <= 232448, "more than a Hopper program may have"
 
 
@@ -58,5 +66,7 @@ if __name__ == "__main__":
     for reverse, gate in product((False, True), repeat=2):
         compile_for(128, "scalar", reverse, gate)
         compile_for(128, "value" if gate else "key", reverse, gate)
-    for decay in ("none", "value"):  # a pass of the delta rule
-        compile_for(128, decay, False, False, strict=True)
+    # passes of the delta rule
+    compile_for(128, "none", False, False, strict=True)
+    compile_for(128, "value", False, False, strict=True, split=True)
+    compile_for(128, "value", False, True, split=True)
