@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from seqpar.kernels.delta import DELTA
 from seqpar.kernels.family import Family
 from seqpar.kernels.linear import DECAYED_LINEAR, LINEAR
 
@@ -24,15 +25,31 @@ def choose_linear(k: Tensor, v: Tensor, gates: Sequence[Tensor]) -> Family:
     Raises:
         ValueError: as `uses_triton`.
     """
-    K, V = k.shape[-1], v.shape[-1]
-    unfit = f"K={K} and V={V} must be at most {WIDEST}" if max(K, V) > WIDEST else None
-    if not uses_triton("linear attention", k, unfit):
+    if not uses_triton("linear attention", k, _too_wide(k, v)):
         return DECAYED_LINEAR if gates else LINEAR
     from seqpar.kernels.decay import TritonLinear  # triton only where it is used
 
     if not gates:
         return TritonLinear("none")
     return TritonLinear("scalar" if gates[0].shape[-1] == 1 else "diagonal")
+
+
+def choose_delta(k: Tensor, v: Tensor, gates: Sequence[Tensor]) -> Family:
+    """The delta rule, likewise; gates beta and at most one decay.
+
+    Raises:
+        ValueError: as `uses_triton`.
+    """
+    if not uses_triton("the delta rule", k, _too_wide(k, v)):
+        return DELTA
+    from seqpar.kernels.delta_triton import TritonDelta
+
+    return TritonDelta(len(gates) > 1)
+
+
+def _too_wide(k: Tensor, v: Tensor) -> str | None:
+    K, V = k.shape[-1], v.shape[-1]
+    return f"K={K} and V={V} must be at most {WIDEST}" if max(K, V) > WIDEST else None
 
 
 def uses_triton(function: str, x: Tensor, unfit: str | None = None) -> bool:

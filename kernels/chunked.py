@@ -65,22 +65,36 @@ class Chunked:
         *,
         backwards: bool,
     ) -> Tensor:
-        leaving = torch.zeros_like(arriving)
-        for run in pieces.backward if backwards else pieces.forward:
-            state = B.new_zeros(B.shape[0], *B.shape[2:])
-            if run.source is not None:
-                state = arriving[:, run.source]
-            slots = iter(run.slots)
-            if states is not None and run.source is not None:
-                states[:, next(slots)] = state
-            for i in run.summaries:
-                state = self.transition.apply(A[:, i], state) + B[:, i]
-                slot = next(slots, None)
-                if states is not None and slot is not None:
-                    states[:, slot] = state
-            if run.target is not None:
-                leaving[:, run.target] = state
-        return leaving
+        return scan(self.transition, A, B, pieces, arriving, states, backwards=backwards)
+
+
+def scan(
+    transition: Transition,
+    A: Tensor,
+    B: Tensor,
+    pieces: Pieces,
+    arriving: Tensor,
+    states: Tensor | None,
+    *,
+    backwards: bool,
+) -> Tensor:
+    """`family.Family.scan`, one piece after the other."""
+    leaving = torch.zeros_like(arriving)
+    for run in pieces.backward if backwards else pieces.forward:
+        state = B.new_zeros(B.shape[0], *B.shape[2:])
+        if run.source is not None:
+            state = arriving[:, run.source]
+        slots = iter(run.slots)
+        if states is not None and run.source is not None:
+            states[:, next(slots)] = state
+        for i in run.summaries:
+            state = transition.apply(A[:, i], state) + B[:, i]
+            slot = next(slots, None)
+            if states is not None and slot is not None:
+                states[:, slot] = state
+        if run.target is not None:
+            leaving[:, run.target] = state
+    return leaving
 
 
 @dataclass(frozen=True)

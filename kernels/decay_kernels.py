@@ -109,6 +109,7 @@ def run_kernel(
     REVERSE: tl.constexpr,
     GATE: tl.constexpr,
     STRICT: tl.constexpr,
+    SPLIT: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     SPAN: tl.constexpr,
@@ -119,7 +120,7 @@ def run_kernel(
     DECAY: "none", "scalar", and diagonal along "key" (y) or "value" (z). GATE: whether to write
     what the gradient of the decays needs of this pass: saved [B, saves, H, DZ, DY] and flows, and
     with scalar decay shares, for which `other` is the input that `out` is the gradient of. STRICT:
-    sum over j before (or after) i only.
+    sum over j before (or after) i only. SPLIT: take the state in two parts.
     """
     FRAMED: tl.constexpr = DECAY == "key" or DECAY == "value"
     SHARES: tl.constexpr = GATE and not FRAMED
@@ -235,7 +236,7 @@ def run_kernel(
         scores = tl.dot(x_tile, tl.trans(y_tile), input_precision=PRECISION)
         high = state.to(OPERAND)
         mixed = tl.dot(x_tile, tl.trans(high), input_precision=PRECISION)
-        if (GATE or STRICT) and tl.bfloat16 == OPERAND:
+        if (GATE or SPLIT) and tl.bfloat16 == OPERAND:
             low = (state - high.to(tl.float32)).to(OPERAND)
             mixed = tl.dot(x_tile, tl.trans(low), mixed)
         added = z_tile

@@ -1,4 +1,4 @@
-"""Triton kernels that make diagonal decay no decay: q and k relative to a decay of their frame.
+"""Triton kernels that make decay no decay: q and k relative to a decay of their frame.
 
 A frame is a run of at most C tokens. With G the running sum of log decays in it, and M half its
 sum over the whole frame, let
@@ -7,13 +7,18 @@ sum over the whole frame, let
 
 per channel. Then q'_i · k'_j is the decayed score, S' + Σ_j k'_j v_jᵀ is the state at the frame's
 end but for another factor e^M, and o_i = q'_iᵀ S' + Σ_j (q'_i · k'_j) v_j: a frame without decay,
-forwards and backwards. Factors reach e^-M; so where a channel decays by more than REACH within C
-tokens, the frame is halved, down to 8 tokens. Decays beyond REACH / 8 count as that: e^-18 = 1.5e-8
-of a state is left then, less than fp32 resolves beside the token's own share.
+forwards and backwards. The delta rule reads the state by the keys as well; for that there is a
+second key, k⁺_i = k_i e^(G_i - M) (delta_kernels.py). One decay for all channels of a head is taken
+as that of each (EQUAL).
+
+Factors reach e^-M; so where a channel decays by more than REACH within C tokens, the frame is
+halved, down to 8 tokens. Decays beyond REACH / 8 count as that: e^-18 = 1.5e-8 of a state is left
+then, less than fp32 resolves beside the token's own share.
 
 M is kept in units of log 2, at the frame's first token: `halves` [B, slots, H, K], a slot for each
 8 tokens of a chunk. `levels` [B, chunks, H] says how often a chunk was halved; `steps` lists the
-frames of each piece in order, (slot within the piece) * 4 + level, and `counts` how many they are.
+frames of each piece in order, (slot within the piece) * 4 + level, and `counts` how many they are;
+or parts of frames, of at most MOST tokens.
 """
 
 import triton
@@ -60,7 +65,11 @@ def _exp2(x, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _decays(gate, rows, mask, columns, stride, DIM: tl.constexpr, D: tl.constexpr):
+def _decays(
+    gate, rows, mask, columns, stride, DIM: tl.constexpr, D: tl.constexpr, EQUAL: tl.constexpr
+):
+    if EQUAL:
+        columns = columns * 0
     decays = _tile(gate, rows, mask, columns, stride, DIM, D).to(tl.float32)
     return tl.maximum(decays, -STEEPEST) * LOG2E
 
@@ -72,6 +81,7 @@ def enter_kernel(
     gate,
     q_out,
     k_out,
+    plus_out,
     halves,
     levels,
     table,
@@ -93,9 +103,14 @@ def enter_kernel(
     D: tl.constexpr,
     C: tl.constexpr,
     HALVINGS: tl.constexpr,
+    EQUAL: tl.constexpr,
+    PLUS: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """q', k' [B, T, H, DIM], halves and levels of one chunk. `table`: `tables.cut_rows`."""
+    """q', k' [B, T, H, DIM], halves and levels of one chunk. `table`: `tables.cut_rows`.
+
+    PLUS: k⁺ as well.
+    """
     pid = tl.program_id(0)
     head = pid % HEADS
     chunk = pid // HEADS % chunks
@@ -104,7 +119,8 @@ def enter_kernel(
     rows = tl.arange(0, C)
     mask = rows < tl.load(table + 3 * chunk + 1)
     columns = tl.arange(0, D)
-    decays = _decays(gate + batch * gb + head * gh + start * gt, rows, mask, columns, gt, DIM, D)
+    gate += batch * gb + head * gh + start * gt
+    decays = _decays(gate, rows, mask, columns, gt, DIM, D, EQUAL)
     q_tile = _tile(
         q + batch * qb + head // GROUP * qh + start * qt, rows, mask, columns, qt, DIM, D
     )
@@ -129,9 +145,10 @@ def enter_kernel(
     out = ((batch * tokens + start) * HEADS + head) * DIM
     at = rows[:, None] * (HEADS * DIM) + columns[None, :]
     inside = mask[:, None] & known[None, :]
-    tl.store(
-        q_out + out + at, (q_tile * _exp2(relative, SPLIT)).to(q_out.dtype.element_ty), mask=inside
-    )
+    grown = _exp2(relative, SPLIT)
+    tl.store(q_out + out + at, (q_tile * grown).to(q_out.dtype.element_ty), mask=inside)
+    if PLUS:
+        tl.store(plus_out + out + at, (k_tile * grown).to(plus_out.dtype.element_ty), mask=inside)
     tl.store(
         k_out + out + at, (k_tile * _exp2(-relative, SPLIT)).to(k_out.dtype.element_ty), mask=inside
     )
@@ -148,9 +165,10 @@ def steps_kernel(
     chunks,
     HEADS: tl.constexpr,
     C: tl.constexpr,
+    MOST: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The frames of one piece, in order. `table`: `tables.piece_rows`."""
+    """The frames of one piece, in order, or their parts. `table`: `tables.piece_rows`."""
     pid = tl.program_id(0)
     head = pid % HEADS
     piece = pid // HEADS % pieces
@@ -164,7 +182,7 @@ def steps_kernel(
         chunk = i * WIDTH + tl.arange(0, WIDTH)
         here = chunk * C < length
         level = tl.load(levels + chunk * HEADS, mask=here, other=0)
-        size = C >> level
+        size = tl.minimum(C >> level, MOST)
         count = (tl.minimum(length - chunk * C, C) + size - 1) // size
         count = tl.where(here, count, 0)
         place = before + tl.cumsum(count, 0) - count
@@ -179,8 +197,10 @@ def steps_kernel(
 def leave_kernel(
     q,
     k,
+    plus,
     dq,
     dk,
+    d_plus,
     gate,
     flows,
     q_gradient,
@@ -199,9 +219,13 @@ def leave_kernel(
     DIM: tl.constexpr,
     D: tl.constexpr,
     C: tl.constexpr,
+    EQUAL: tl.constexpr,
+    PLUS: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     """Gradients of q, k and the decays [B, T, H, DIM] in one block, from those of q' and k'.
+
+    PLUS: and of k⁺. With one decay for all channels, its gradient is the sum of what is written.
 
     flows [B, blocks, H, DIM]: <S, λ> at the end of each block (see decay_kernels.py). `table`:
     `tables.cut_rows`. q_gradient may be q, k_gradient k, and d_gate dq.
@@ -227,7 +251,7 @@ def leave_kernel(
         chunk = count - 1 - step
         origin = start + chunk * C
         mask = chunk * C + rows < length
-        decays = _decays(gate + origin * gt, rows, mask, columns, gt, DIM, COLS * D)
+        decays = _decays(gate + origin * gt, rows, mask, columns, gt, DIM, COLS * D, EQUAL)
         at = ((batch * tokens + origin) * HEADS + head) * DIM + offsets
         inside = mask[:, None] & (columns < DIM)[None, :]
         q_tile = tl.load(q + at, mask=inside, other=0.0).to(tl.float32)
@@ -237,10 +261,17 @@ def leave_kernel(
         level = tl.load(levels + chunk * HEADS)
         relative = _relative(decays, level, C, SPLIT)
         share = q_tile * dq_tile - k_tile * dk_tile
+        if PLUS:
+            plus_tile = tl.load(plus + at, mask=inside, other=0.0).to(tl.float32)
+            d_plus_tile = tl.load(d_plus + at, mask=inside, other=0.0)
+            share += plus_tile * d_plus_tile
         gradient = later[None, :] + _sum(from_here, share, SPLIT)
         later += tl.sum(share, 0)
         tl.store(d_gate + at, gradient, mask=inside)
-        dq_tile *= _exp2(relative, SPLIT)
+        grown = _exp2(relative, SPLIT)
+        dq_tile *= grown
         dk_tile *= _exp2(-relative, SPLIT)
+        if PLUS:
+            dk_tile += d_plus_tile * grown
         tl.store(q_gradient + at, dq_tile.to(q_gradient.dtype.element_ty), mask=inside)
         tl.store(k_gradient + at, dk_tile.to(k_gradient.dtype.element_ty), mask=inside)

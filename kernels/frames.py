@@ -1,4 +1,4 @@
-"""Diagonal decay taken out of q and k, frame by frame, and its gradient (frame_kernels.py)."""
+"""Decay taken out of q and k, frame by frame, and its gradient (frame_kernels.py)."""
 
 from dataclasses import dataclass
 
@@ -17,15 +17,19 @@ from seqpar.kernels.tuned import ceil_div, frame_warps, padded
 class Frames:
     """q and k [B, T, HV, K] relative to their frames, and what says where those lie.
 
-    chunk: tokens of the longest frame. The rest: see frame_kernels.py.
+    plus: k⁺, if the delta rule asked for it, else k. chunk: tokens of the longest frame. parts:
+    steps and counts of the parts of frames, if it asked, else of frames. The rest: see
+    frame_kernels.py.
     """
 
     q: Tensor
     k: Tensor
+    plus: Tensor
     halves: Tensor
     levels: Tensor
     steps: Tensor
     counts: Tensor
+    parts: tuple[Tensor, Tensor]
     chunk: int
 
 
@@ -38,25 +42,26 @@ def enter(
     chunk: int,
     dtype: torch.dtype,
     plan: Once,
+    parts: int | None = None,
 ) -> Frames:
-    """The frames of q and k [B, T, H, K] under log decays [B, T, HV, K].
+    """The frames of q and k [B, T, H, K] under log decays [B, T, HV, 1 or K].
 
     block: for `tables.piece_rows`; chunk: 16, 32 or 64; dtype: of the new q and k; plan: of calls
-    like this one.
+    like this one; parts: for the delta rule, the most tokens that a part of a frame may have.
     """
-    batch, tokens, heads, dim = gate.shape
+    batch, tokens, heads, _ = gate.shape
+    dim = k.shape[3]
     table = plan.once("chunks", lambda: tables.cut_rows(pieces, chunk, chunk, q))
     chunks, slots = len(table), len(table) * (chunk // 8)
     rows = plan.once("pieces", lambda: tables.piece_rows(pieces, block, chunk, q))
-    found = Frames(
-        torch.empty(gate.shape, dtype=dtype, device=q.device),
-        torch.empty(gate.shape, dtype=dtype, device=q.device),
-        q.new_empty(batch, slots, heads, dim, dtype=torch.float32),
-        q.new_empty(batch, chunks, heads, dtype=torch.int32),
-        q.new_empty(batch, heads, slots, dtype=torch.int32),
-        q.new_empty(batch, heads, len(rows), dtype=torch.int32),
-        chunk,
-    )
+
+    def factored() -> Tensor:
+        return torch.empty(batch, tokens, heads, dim, dtype=dtype, device=q.device)
+
+    q_out, k_out = factored(), factored()
+    plus = factored() if parts else k_out
+    halves = q.new_empty(batch, slots, heads, dim, dtype=torch.float32)
+    levels = q.new_empty(batch, chunks, heads, dtype=torch.int32)
 
     def make_enter() -> Launch:
         return Launch(
@@ -69,23 +74,34 @@ def enter(
             D=padded(dim),
             C=chunk,
             HALVINGS=(chunk // 8).bit_length() - 1,
+            EQUAL=gate.shape[3] == 1,
+            PLUS=parts is not None,
             SPLIT=dtype == torch.bfloat16,
             num_warps=frame_warps(padded(dim), chunk),
         )
 
-    def make_steps() -> Launch:
-        return Launch(
-            steps_kernel,
-            len(rows) * heads * batch,
-            [batch, len(rows), chunks],
-            HEADS=heads,
-            C=chunk,
-            WIDTH=128,
-        )
+    plan.once("enter", make_enter)(q, k, gate, q_out, k_out, plus, halves, levels, table)
 
-    plan.once("enter", make_enter)(q, k, gate, found.q, found.k, found.halves, found.levels, table)
-    plan.once("steps", make_steps)(found.levels, found.steps, found.counts, rows)
-    return found
+    def listed(most: int) -> tuple[Tensor, Tensor]:
+        def make() -> Launch:
+            return Launch(
+                steps_kernel,
+                len(rows) * heads * batch,
+                [batch, len(rows), chunks],
+                HEADS=heads,
+                C=chunk,
+                MOST=most,
+                WIDTH=128,
+            )
+
+        steps = q.new_empty(batch, heads, slots, dtype=torch.int32)
+        counts = q.new_empty(batch, heads, len(rows), dtype=torch.int32)
+        plan.once(("steps", most), make)(levels, steps, counts, rows)
+        return steps, counts
+
+    whole = listed(chunk)
+    shorter = listed(parts) if parts and parts < chunk else whole
+    return Frames(q_out, k_out, plus, halves, levels, *whole, shorter, chunk)
 
 
 def leave(
@@ -97,13 +113,15 @@ def leave(
     blocks: Tensor,
     dtype: torch.dtype,
     plan: Once,
+    d_plus: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and the decays [B, T, HV, K] from those of the frames' q and k, in fp32.
 
-    flows: [B, blocks, HV, K], <S, λ> at the end of each block of the table `blocks`. The frames' q
-    and k and dq are written over. The gradients of q and k are of `dtype`.
+    d_plus: the gradient of k⁺. flows: [B, blocks, HV, K], <S, λ> at the end of each block of the
+    table `blocks`. The frames' q and k and dq are written over. The gradients of q and k are of
+    `dtype`. With one decay for all channels, its gradient is the sum over K of the third.
     """
-    batch, tokens, heads, dim = gate.shape
+    batch, tokens, heads, dim = frames.k.shape
     same = dtype == frames.q.dtype
     q_gradient = frames.q if same else torch.empty_like(frames.q, dtype=dtype)
     k_gradient = frames.k if same else torch.empty_like(frames.k, dtype=dtype)
@@ -118,13 +136,16 @@ def leave(
             DIM=dim,
             D=columns,
             C=frames.chunk,
+            EQUAL=gate.shape[3] == 1,
+            PLUS=d_plus is not None,
             SPLIT=frames.q.dtype == torch.bfloat16,
             num_warps=frame_warps(columns, frames.chunk),
             num_stages=1,
         )
 
     outputs = q_gradient, k_gradient, dq
+    gradients = dq, dk, dk if d_plus is None else d_plus
     plan.once("leave", make)(
-        frames.q, frames.k, dq, dk, gate, flows, *outputs, frames.levels, blocks
+        frames.q, frames.k, frames.plus, *gradients, gate, flows, *outputs, frames.levels, blocks
     )
     return outputs

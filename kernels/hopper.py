@@ -46,6 +46,7 @@ def hopper_launch(p: Pass) -> Callable[..., None]:
         REVERSE=p.reverse,
         GATE=p.gated,
         STRICT=p.strict,
+        SPLIT=p.split,
         SPAN=p.block,
         STAGES=3,
         num_warps=DZ // 16,

@@ -164,13 +164,14 @@ def run_hopper_kernel(
     REVERSE: gl.constexpr,
     GATE: gl.constexpr,
     STRICT: gl.constexpr,
+    SPLIT: gl.constexpr,
     SPAN: gl.constexpr,
     STAGES: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     """x, y [B*T, columns], heads `xh`, `yh` columns apart, in tiles [C, DY]; z, out likewise.
 
-    STRICT: leave j = i out; for passes forwards.
+    STRICT: leave j = i out; for passes forwards. SPLIT: take the state in two parts.
     """
     dtype: gl.constexpr = x.dtype
     FRAMED: gl.constexpr = DECAY == "key" or DECAY == "value"
@@ -414,6 +415,10 @@ def run_hopper_kernel(
         mixed = warpgroup_mma_wait(0, deps=[mixed])
         if DECAY == "scalar":
             mixed = mixed * lines.index(4 * even + 1).load(gl.SliceLayout(0, MIXED))[None, :]
+        if SPLIT:
+            low = (state - state.to(dtype).to(gl.float32)).to(dtype)
+            low = gl.convert_layout(low, STATE_OPERAND)
+            mixed = warpgroup_mma(low, x_tile.permute((1, 0)), mixed, is_async=True)
         mixed = warpgroup_mma(z_tile.permute((1, 0)), score_tiles.index(0), mixed, is_async=True)
         if DECAY == "scalar":
             reach = lines.index(4 * even + 2).load(gl.SliceLayout(0, ADDED_OPERAND))

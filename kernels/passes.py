@@ -23,9 +23,9 @@ class Pass:
 
     x, y, z, other [B, T, H, D] at their own numbers of heads; gate [B, T, heads, 1]; out [B, T,
     heads, DZ]; entering [B, slots, heads, K, V]. decay: "none", "scalar", "key" or "value".
-    transposed: DZ is K and DY is V. gated: whether the gradient of the decays is wanted. strict:
-    whether a token is left out of its own sum. block: its tokens; blocks: how many there are.
-    frames: of diagonal decay.
+    transposed: DZ is K and DY is V. gated: whether the gradient of the decays is wanted; block: its
+    tokens; blocks: how many there are. strict: whether a token is left out of its own sum. split:
+    whether the state is taken in two parts. frames: of diagonal decay.
     """
 
     x: Tensor
@@ -45,6 +45,7 @@ class Pass:
     transposed: bool
     gated: bool
     strict: bool
+    split: bool
     frames: Frames | None
 
     @property
@@ -147,6 +148,7 @@ class Passes:
         reverse: bool = False,
         transposed: bool = False,
         strict: bool = False,
+        split: bool = False,
         other: Tensor | None = None,
         traces: Traces | None = None,
     ) -> Tensor:
@@ -182,6 +184,7 @@ class Passes:
                 transposed=transposed,
                 gated=traces is not None,
                 strict=strict,
+                split=split,
                 frames=self.frames,
             )
             if not self.hopper:
@@ -216,6 +219,7 @@ def _general_launch(p: Pass) -> Launch:
         REVERSE=p.reverse,
         GATE=p.gated,
         STRICT=p.strict,
+        SPLIT=p.split,
         OPERAND=operand,
         PRECISION=precision,
         SPAN=p.block,

@@ -1,6 +1,6 @@
 """How the Triton kernels are cut and scheduled: a table; tests/bench/tune.py finds better ones."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -34,6 +34,20 @@ def fold_config(DY: int, DZ: int, dtype: torch.dtype) -> Config:
     return Config(min(128, padded(DY)), min(128, padded(DZ)), 64, 4, 3)
 
 
+def walk_config(
+    K: int, columns: int, dtype: torch.dtype, walks: int, device: torch.device
+) -> Config:
+    """For the delta rule's walks, which keep all K rows of `columns` columns.
+
+    walks: over how many heads and pieces. Steps follow each other, so fewer columns are taken
+    where that fills the chip.
+    """
+    found = run_config(K, columns, dtype)
+    few = walks * ceil_div(columns, found.columns) < processors(device)
+    stages = 3 if dtype == torch.bfloat16 else 1
+    return replace(found, columns=16 if few else found.columns, stages=stages)
+
+
 def frame_warps(columns: int, chunk: int) -> int:
     """For a tile of the kernels of frame_kernels.py."""
     return max(4, columns * chunk // 2048)
@@ -46,6 +60,15 @@ def piece_tokens(tokens: int, programs: int, device: torch.device) -> int:
     """
     wanted = max(1, processors(device) // programs)
     return max(256, ceil_div(ceil_div(tokens, wanted), 64) * 64)
+
+
+def delta_piece_tokens(tokens: int, programs: int, device: torch.device) -> int | None:
+    """The same for the delta rule, whose pieces are walked through twice, and for K more columns.
+
+    programs: that the map of one piece takes, of which a processor holds two. None: do not cut.
+    """
+    programs = ceil_div(programs, 2)
+    return None if processors(device) < 4 * programs else piece_tokens(tokens, programs, device)
 
 
 @cache

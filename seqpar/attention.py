@@ -4,8 +4,7 @@ from torch import Tensor
 
 from seqpar.checks import check_qkv
 from seqpar.context import SequenceParallel
-from seqpar.kernels.choose import choose_linear
-from seqpar.kernels.delta import DELTA
+from seqpar.kernels.choose import choose_delta, choose_linear
 from seqpar.kernels.dplr import DPLR
 from seqpar.recurrence import recurrence
 
@@ -84,7 +83,8 @@ def delta_attention(
     gates = [beta[..., None]]
     if log_decay is not None:
         gates.append(_check_decay(log_decay, k, v, constant=False))
-    return recurrence("delta_attention", DELTA, q, k, v, gates, _scale(scale, q), sp)
+    family = choose_delta(k, v, gates)
+    return recurrence("delta_attention", family, q, k, v, gates, _scale(scale, q), sp)
 
 
 def dplr_attention(

@@ -22,8 +22,11 @@ POINTERS |= dict.fromkeys(
 )
 
 
-def compile_for(dim: int, decay: str, reverse: bool, gate: bool, strict: bool = False) -> None:
-    constants: dict[str, object] = {"GATE": gate, "STRICT": strict, "SPAN": 512, "STAGES": 3}
+def compile_for(
+    dim: int, decay: str, reverse: bool, gate: bool, strict: bool = False, split: bool = False
+) -> None:
+    constants: dict[str, object] = {"GATE": gate, "STRICT": strict, "SPLIT": split}
+    constants |= {"SPAN": 512, "STAGES": 3}
     constants |= {f"{x}_GROUP": 2 for x in "XYZW"}
     wide = {"out", "out_pointer"} if decay == "value" or strict else set()  # whose output is fp32
     build(run_hopper_kernel, dim, decay, reverse, constants, wide)
@@ -73,7 +76,9 @@ if __name__ == "__main__":
     for reverse, gate in product((False, True), repeat=2):
         compile_for(128, "scalar", reverse, gate)
         compile_for(128, "value" if gate else "key", reverse, gate)
-    for decay in ("none", "value"):  # a pass of the delta rule
-        compile_for(128, decay, False, False, strict=True)
+    # passes of the delta rule
+    compile_for(128, "none", False, False, strict=True)
+    compile_for(128, "value", False, False, strict=True, split=True)
+    compile_for(128, "value", False, True, split=True)
     for reverse, decay in ((False, "none"), (True, "scalar"), (False, "key"), (True, "key")):
         compile_fold(128, decay, reverse)

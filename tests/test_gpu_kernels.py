@@ -23,6 +23,7 @@ pytestmark = [
 ]
 
 WIDTHS = {"none": None, "scalar": 1, "diagonal": -1}
+GATES = ("log_decay", "beta")
 Inputs = dict[str, Tensor]
 
 
@@ -70,7 +71,7 @@ def differentiate(
 ) -> Inputs:
     """o and the gradient of each input, in fp64; gates stay fp32."""
     leaves = {
-        name: x.to(torch.promote_types(dtype, torch.float32) if name == "log_decay" else dtype)
+        name: x.to(torch.promote_types(dtype, torch.float32) if name in GATES else dtype)
         for name, x in given.items()
     }
     leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}

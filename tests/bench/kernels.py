@@ -1,6 +1,6 @@
-"""Time and memory of linear attention on one GPU, beside what the memory's bandwidth allows.
+"""Time and memory of linear attention or the delta rule on one GPU, beside the memory's floor.
 
-    python -m tests.bench.kernels [--out DIR] [--quick] [--fla]
+    python -m tests.bench.kernels [--family delta] [--out DIR] [--quick] [--fla]
 
 B = 1, K = V = 128, bf16, fp32 gates; medians over CUDA events. The floor moves each tensor once:
 forward q, k, v, gates and o; backward those, do, and the gradients. `--fla` times
@@ -24,6 +24,7 @@ import seqpar
 
 DIM = 128
 DECAYS = ("none", "constant", "scalar", "diagonal")
+DELTAS = ("delta", "gated delta", "kda")  # without, with scalar and with diagonal decay
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for kernels.csv and kernels.png")
     parser.add_argument("--quick", action="store_true", help="only 64K tokens")
     parser.add_argument("--profile", action="store_true", help="the time of each kernel as well")
+    parser.add_argument("--family", choices=("linear", "delta"), default="linear")
     parser.add_argument("--fla", action="store_true", help="flash-linear-attention as well")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -62,7 +64,7 @@ def main() -> None:
     print(" ".join(f"{field.name:>13}" for field in fields(Row)))
     rows: list[Row] = []
     try:
-        for case in cases(args.quick):
+        for case in cases(args.family, args.quick):
             run(*case, args, rate, rows)
     finally:  # what there is when it is interrupted
         summarise(rows)
@@ -74,7 +76,8 @@ def run(
     decay: str, heads: int, tokens: int, args: argparse.Namespace, rate: float, rows: list[Row]
 ) -> None:
     """Measure and print one case, by all there are to compare."""
-    makers: dict[str, Callable[..., Tensor]] = {"seqpar": seqpar.linear_attention}
+    ours = seqpar.delta_attention if decay in DELTAS else seqpar.linear_attention
+    makers: dict[str, Callable[..., Tensor]] = {"seqpar": ours}
     makers |= fla(decay) if args.fla else {}
     if decay == "none" and heads == 16 and tokens <= 2**16:
         makers["cuDNN softmax"] = softmax
@@ -96,8 +99,12 @@ def write(rows: list[Row], folder: Path) -> None:
     plot(rows, folder / "kernels.png")
 
 
-def cases(quick: bool) -> list[tuple[str, int, int]]:
-    """(decay, heads, tokens)"""
+def cases(family: str, quick: bool) -> list[tuple[str, int, int]]:
+    """(case, heads, tokens)"""
+    if family == "delta":
+        found = [(case, 16, 2**16) for case in DELTAS]
+        sizes = () if quick else ((16, 2**15), (2, 2**18), (16, 2**14), (16, 2**17), (16, 2**18))
+        return found + [(case, *size) for case in DELTAS for size in sizes]
     found = [(decay, 16, 2**16) for decay in DECAYS]
     if not quick:
         found += [
@@ -173,38 +180,60 @@ def profile(function: Callable[..., Tensor], inputs: list[Tensor]) -> None:
 
 
 def make(decay: str, heads: int, tokens: int) -> list[Tensor]:
-    """q, k, v and the gate, all random, keys normalised."""
+    """q, k, v and the gates, all random, keys normalised."""
     torch.manual_seed(0)
     kind = {"device": "cuda", "dtype": torch.bfloat16}
     q, k, v = (torch.randn(1, tokens, heads, DIM, **kind) for _ in range(3))  # type: ignore[call-overload]
     inputs = [q, torch.nn.functional.normalize(k, dim=-1), v]
     for x in inputs:
         x.requires_grad_()
+    if decay in DELTAS:
+        inputs.append(torch.rand(1, tokens, heads, device="cuda").requires_grad_())
     if decay == "constant":
         inputs.append(-torch.rand(heads, device="cuda") * 0.1)
-    elif decay == "scalar":
+    elif decay in ("scalar", "gated delta"):
         inputs.append((-torch.rand(1, tokens, heads, device="cuda") * 0.1).requires_grad_())
-    elif decay == "diagonal":
+    elif decay in ("diagonal", "kda"):
         gate = -torch.rand(1, tokens, heads, DIM, device="cuda") * 0.1
         inputs.append(gate.requires_grad_())
     return inputs
 
 
-def fla(decay: str) -> dict[str, Callable[..., Tensor]]:
-    """flash-linear-attention's function for this decay, where it is installed."""
+Chunked = Callable[..., tuple[Tensor, Tensor]]
+
+
+def fla(case: str) -> dict[str, Callable[..., Tensor]]:
+    """flash-linear-attention's function for this case, where it is installed."""
     try:
-        from fla.ops.gla import chunk_gla
-        from fla.ops.linear_attn import chunk_linear_attn
-        from fla.ops.simple_gla import chunk_simple_gla
+        function = (fla_delta() if case in DELTAS else fla_linear())[case]
     except ImportError as error:
         raise SystemExit(f"--fla: {error}") from None
-    functions: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    return {"fla": lambda *inputs: function(*inputs)[0]}
+
+
+def fla_linear() -> dict[str, Chunked]:
+    from fla.ops.gla import chunk_gla
+    from fla.ops.linear_attn import chunk_linear_attn
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    return {
         "none": partial(chunk_linear_attn, normalize=False),
         "constant": lambda q, k, v, g: chunk_simple_gla(q, k, v, g_gamma=g),
         "scalar": lambda q, k, v, g: chunk_simple_gla(q, k, v, g=g),
         "diagonal": lambda q, k, v, g: chunk_gla(q, k, v, g=g),
     }
-    return {"fla": lambda *inputs: functions[decay](*inputs)[0]}
+
+
+def fla_delta() -> dict[str, Chunked]:
+    from fla.ops.delta_rule import chunk_delta_rule
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    from fla.ops.kda import chunk_kda
+
+    return {
+        "delta": lambda q, k, v, beta: chunk_delta_rule(q, k, v, beta.to(q.dtype)),
+        "gated delta": lambda q, k, v, beta, g: chunk_gated_delta_rule(q, k, v, g=g, beta=beta),
+        "kda": lambda q, k, v, beta, g: chunk_kda(q, k, v, g=g, beta=beta),
+    }
 
 
 def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -238,7 +267,7 @@ def copy_bandwidth() -> float:
 def summarise(rows: list[Row]) -> None:
     """The two ratios that show how well the chip is filled and how time grows with tokens."""
     ours = {(row.case, row.heads, row.tokens): row for row in rows if row.who == "seqpar"}
-    for decay in DECAYS:
+    for decay in (*DECAYS, *DELTAS):
         few, many = ours.get((decay, 2, 2**18)), ours.get((decay, 16, 2**15))
         if few and many:
             forward, both = few.forward / many.forward, few.both / many.both

@@ -31,11 +31,17 @@ def main() -> None:
                     shape = (1, tokens, value_heads, *([width] if width else []))
                     inputs.append(-20 * torch.rand(shape, device="cuda") ** 8)
                 leaves = [x.detach().requires_grad_() for x in inputs]
-                o = seqpar.linear_attention(*leaves, sp=sp)
-                gradients = torch.autograd.grad(o.float().square().sum(), leaves)
-                torch.cuda.synchronize()
-                if not all(torch.isfinite(x).all() for x in (o, *gradients)):
-                    raise SystemExit(f"not finite: {dtype}, {tokens} tokens, decay {width}")
+                beta = torch.rand(1, tokens, value_heads, device="cuda").requires_grad_()
+                rule = [*leaves[:3], beta, *leaves[3:]]
+                for function, given in (
+                    (seqpar.linear_attention, leaves),
+                    (seqpar.delta_attention, rule),
+                ):
+                    o = function(*given, sp=sp)
+                    gradients = torch.autograd.grad(o.float().square().sum(), given)
+                    torch.cuda.synchronize()
+                    if not all(torch.isfinite(x).all() for x in (o, *gradients)):
+                        raise SystemExit(f"not finite: {dtype}, {tokens} tokens, decay {width}")
     print("all ran")
 
 

@@ -1,0 +1,316 @@
+"""Triton kernels of the delta rule (delta_kernels.py), backwards.
+
+With λ' the gradient of the state after a step and λ of that before it, s the scale, and P the part
+of Q⁺ K⁻ᵀ up to the diagonal, dX the gradient of X and of V,
+
+    dU = s Pᵀ dO + K⁻ λ'       Z = dU - Tᵀ B dU       dX = B Z       dβ_t = z_t · r_t
+    λ = λ' + s Q⁺ᵀ dO - K⁺ᵀ dX
+
+`walk_back_kernel` goes from step to step. The gradients of q and k are causal linear attentions
+again: of q⁺ and k⁺ that of the pass "dq" (decay_kernels.py), with dO, and -dX strictly causal, in
+place of do, and U of v. That of k⁻,
+
+    dK⁻ = U λ'ᵀ + s (dO Uᵀ on and below the diagonal)ᵀ Q⁺ - (dX Uᵀ below the diagonal)ᵀ K⁺
+
+is `keys_kernel`: a pass "dk" of two sums in one, for λ is much smaller than either of its terms.
+
+Gradient of the decays: as in decay_kernels.py, with r_t = q⁺ dq⁺ + k⁺ dk⁺ - k⁻ dk⁻.
+"""
+
+import triton
+import triton.language as tl
+
+from seqpar.kernels.decay_kernels import _state, _tile
+from seqpar.kernels.delta_kernels import STEP, _low, _part, _solved
+
+
+@triton.jit(do_not_specialize=["batches", "tokens", "pieces", "chunks", "slots"])
+def walk_back_kernel(
+    q,
+    plus,
+    minus,
+    do,
+    r,
+    beta,
+    solved,
+    dx,
+    shares,
+    leaving,
+    A,
+    B,
+    halves,
+    steps,
+    counts,
+    table,
+    scale,
+    batches,
+    tokens,
+    pieces,
+    chunks,
+    slots,
+    qb,
+    qt,
+    qh,
+    kb,
+    kt,
+    kh,
+    ob,
+    ot,
+    oh,
+    bb,
+    bt,
+    bh,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    FRAMED: tl.constexpr,
+    SUMMARY: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dX of one piece, [B, T, H, DV], from the gradient of the state that leaves it; and dβ, a
+    share for each block of columns [B, H, blocks, T].
+
+    SUMMARY: not those, but Aᵀ [B, N, H, DK, DK] and dB [B, N, H, DK, DV] of the pieces that a state
+    enters, as in `walk_kernel`.
+    """
+    SPLIT: tl.constexpr = SUMMARY and tl.bfloat16 == OPERAND
+    OF_B: tl.constexpr = (DV + BV - 1) // BV
+    OF_A: tl.constexpr = (DK + BV - 1) // BV if SUMMARY else 0
+    BLOCKS: tl.constexpr = OF_A + OF_B
+    pid = tl.program_id(0)
+    block = pid % BLOCKS
+    head = pid // BLOCKS % HEADS
+    batch = (pid // (BLOCKS * HEADS) % batches).to(tl.int64)
+    place = pid // (BLOCKS * HEADS) // batches
+    index = tl.arange(0, STEP)
+    cols = tl.arange(0, BK)
+    v_cols = block * BV + tl.arange(0, BV)
+    state = tl.zeros([BV, BK], tl.float32)
+    if SUMMARY:
+        row = table + 4 * place
+        first_chunk = tl.load(row + 2).to(tl.int64)
+        piece = tl.load(row + 3)
+        of_A = block >= OF_B
+        if of_A:
+            v_cols -= OF_B * BV
+            state = tl.where(v_cols[:, None] == cols[None, :], 1.0, 0.0)
+        valued = (v_cols < DV) & (block < OF_B)
+    else:
+        row = table + 8 * place
+        first_chunk = tl.load(row + 7).to(tl.int64)
+        piece = place
+        slot = tl.load(row + 3).to(tl.int64)
+        if slot >= 0:
+            base = leaving + ((batch * slots + slot) * HEADS + head) * (DK * DV)
+            pointers, inside = _state(base, v_cols, cols, 1, DV, DV, DK)
+            state = tl.load(pointers, mask=inside, other=0.0)
+        valued = v_cols < DV
+    start = tl.load(row).to(tl.int64)
+    length = tl.load(row + 1)
+
+    q += batch * qb + head // GROUP * qh + start * qt
+    plus += batch * kb + head // GROUP * kh + start * kt
+    minus += batch * kb + head // GROUP * kh + start * kt
+    do += batch * ob + head * oh + start * ot
+    beta += batch * bb + head * bh + start * bt
+    solved += ((batch * HEADS + head) * tokens + start) * STEP
+    shares += ((batch * HEADS + head) * BLOCKS + block) * tokens + start
+    out = ((batch * tokens + start) * HEADS + head) * DV
+    count = tl.cdiv(length, STEP)
+    if FRAMED:
+        count = tl.load(counts + (batch * HEADS + head) * pieces + piece)
+        steps += ((batch * HEADS + head) * chunks + first_chunk) * (C // 8)
+        halves += ((batch * chunks + first_chunk) * (C // 8) * HEADS + head) * DK
+
+    for turn in tl.range(count, num_stages=STAGES):
+        first, stop, at_half, opens, closes = _part(steps, count - 1 - turn, length, C, FRAMED)
+        rows = (first + index).to(tl.int64)
+        mask = rows < stop
+        q_tile = _tile(q, rows, mask, cols, qt, DK, BK).to(OPERAND)
+        plus_tile = _tile(plus, rows, mask, cols, kt, DK, BK).to(OPERAND)
+        minus_tile = plus_tile
+        if FRAMED:
+            minus_tile = _tile(minus, rows, mask, cols, kt, DK, BK).to(OPERAND)
+        T = _solved(solved, first, rows, mask)
+        rate = tl.load(beta + rows * bt, mask=mask, other=0.0).to(tl.float32)[:, None]
+        v_mask = mask[:, None] & valued[None, :]
+        do_tile = tl.load(do + rows[:, None] * ot + v_cols[None, :], mask=v_mask, other=0.0)
+        do_tile = do_tile.to(OPERAND)
+
+        if FRAMED:
+            half_at = halves + at_half.to(tl.int64) * (HEADS * DK) + cols
+            half = tl.load(half_at, mask=cols < DK, other=0.0)
+            state *= tl.exp2(tl.where(closes, half, 0.0))[None, :]
+        # [j, i]
+        scores = tl.dot(minus_tile, tl.trans(q_tile), input_precision=PRECISION)
+        scores = tl.where(index[:, None] <= index[None, :], scores, 0.0).to(OPERAND)
+        dU = scale * tl.dot(scores, do_tile, input_precision=PRECISION)
+        high = state.to(OPERAND)
+        dU = tl.dot(minus_tile, tl.trans(high), dU, input_precision=PRECISION)
+        if SPLIT:
+            dU = tl.dot(minus_tile, tl.trans(_low(state, high)), dU)
+        high = (rate * dU).to(OPERAND)
+        again = tl.dot(tl.trans(T), high, input_precision=PRECISION)
+        if SPLIT:
+            again = tl.dot(tl.trans(T), _low(rate * dU, high), again)
+        Z = dU - again
+        dX = rate * Z
+        high = dX.to(OPERAND)
+        if not SUMMARY:
+            out_at = out + rows[:, None] * (HEADS * DV) + v_cols[None, :]
+            R = tl.load(r + out_at, mask=v_mask, other=0.0).to(tl.float32)
+            tl.store(shares + rows, tl.sum(Z * R, 1), mask=mask)
+            tl.store(dx + out_at, high.to(dx.dtype.element_ty), mask=v_mask)
+        read = scale * tl.dot(tl.trans(do_tile), q_tile, input_precision=PRECISION)
+        state += tl.dot(tl.trans(-high), plus_tile, read, input_precision=PRECISION)
+        if SPLIT:
+            state = tl.dot(tl.trans(-_low(dX, high)), plus_tile, state)
+        if FRAMED:
+            state *= tl.exp2(tl.where(opens, half, 0.0))[None, :]
+
+    if SUMMARY:
+        summaries = tl.num_programs(0) // (BLOCKS * HEADS) // batches
+        place = (batch * summaries + place) * HEADS + head
+        if of_A:
+            pointers, inside = _state(A + place * (DK * DK), v_cols, cols, 1, DK, DK, DK)
+            tl.store(pointers, state, mask=inside)
+        else:
+            pointers, inside = _state(B + place * (DK * DV), v_cols, cols, 1, DV, DV, DK)
+            tl.store(pointers, state, mask=inside)
+
+
+@triton.jit(do_not_specialize=["batches", "tokens", "pieces", "chunks", "slots", "saves", "blocks"])
+def keys_kernel(
+    u,
+    do,
+    dx,
+    q,
+    plus,
+    d_plus,
+    out,
+    leaving,
+    saved,
+    flows,
+    halves,
+    steps,
+    counts,
+    table,
+    scale,
+    batches,
+    tokens,
+    pieces,
+    chunks,
+    slots,
+    saves,
+    blocks,
+    ob,
+    ot,
+    oh,
+    qb,
+    qt,
+    qh,
+    kb,
+    kt,
+    kh,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    SPAN: tl.constexpr,
+    FRAMED: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dK⁻ of one piece and some of its channels, [B, T, H, DK]; without decay dK⁺ is added to it.
+
+    u, dx, do [B, T, H, DV]. With decay, what its gradient needs: saved [B, saves, H, DK, DV] of the
+    pass "dq", and flows [B, blocks, H, DK].
+    """
+    BLOCKS: tl.constexpr = (DK + BK - 1) // BK
+    pid = tl.program_id(0)
+    block = pid % BLOCKS
+    head = pid // BLOCKS % HEADS
+    batch = (pid // (BLOCKS * HEADS) % batches).to(tl.int64)
+    piece = pid // (BLOCKS * HEADS) // batches
+    row = table + 8 * piece
+    start = tl.load(row).to(tl.int64)
+    length = tl.load(row + 1)
+    slot = tl.load(row + 3).to(tl.int64)
+    index = tl.arange(0, STEP)
+    cols = tl.arange(0, BV)
+    k_cols = block * BK + tl.arange(0, BK)
+    SIZE: tl.constexpr = DK * DV
+    state = tl.zeros([BK, BV], tl.float32)
+    if slot >= 0:
+        base = leaving + ((batch * slots + slot) * HEADS + head) * SIZE
+        pointers, inside = _state(base, k_cols, cols, DV, 1, DK, DV)
+        state = tl.load(pointers, mask=inside, other=0.0)
+
+    here = ((batch * tokens + start) * HEADS + head).to(tl.int64)
+    u += here * DV
+    dx += here * DV
+    do += batch * ob + head * oh + start * ot
+    q += batch * qb + head // GROUP * qh + start * qt
+    plus += batch * kb + head // GROUP * kh + start * kt
+    count = tl.cdiv(length, STEP)
+    if FRAMED:
+        first_chunk = tl.load(row + 7).to(tl.int64)
+        count = tl.load(counts + (batch * HEADS + head) * pieces + piece)
+        steps += ((batch * HEADS + head) * chunks + first_chunk) * (C // 8)
+        halves += ((batch * chunks + first_chunk) * (C // 8) * HEADS + head) * DK
+        first_save = tl.load(row + 5)
+        piece_saves = tl.load(row + 6) - first_save
+        saved += ((batch * saves + first_save) * HEADS + head) * SIZE
+        saved_at, saved_inside = _state(saved, k_cols, cols, DV, 1, DK, DV)
+        flows += ((batch * blocks + tl.load(row + 4)) * HEADS + head) * DK
+
+    for turn in tl.range(count, num_stages=STAGES):
+        first, stop, at_half, opens, closes = _part(steps, count - 1 - turn, length, C, FRAMED)
+        rows = (first + index).to(tl.int64)
+        mask = rows < stop
+        u_tile = _tile(u, rows, mask, cols, HEADS * DV, DV, BV).to(OPERAND)
+        dx_tile = -_tile(dx, rows, mask, cols, HEADS * DV, DV, BV).to(OPERAND)
+        do_tile = _tile(do, rows, mask, cols, ot, DV, BV).to(OPERAND)
+        q_tile = _tile(q, rows, mask, k_cols, qt, DK, BLOCKS * BK).to(OPERAND)
+        plus_tile = _tile(plus, rows, mask, k_cols, kt, DK, BLOCKS * BK).to(OPERAND)
+
+        if FRAMED:
+            every = first // SPAN
+            if (stop % SPAN == 0) | (stop == length):
+                flow = tl.zeros([BK], tl.float32)
+                if every < piece_saves:
+                    at = saved_at + every.to(tl.int64) * (HEADS * SIZE)
+                    flow = tl.sum(tl.load(at, mask=saved_inside, other=0.0) * state, 1)
+                tl.store(flows + every * (HEADS * DK) + k_cols, flow, mask=k_cols < DK)
+            half_at = halves + at_half.to(tl.int64) * (HEADS * DK) + k_cols
+            half = tl.load(half_at, mask=k_cols < DK, other=0.0)
+            state *= tl.exp2(tl.where(closes, half, 0.0))[:, None]
+        of_o = tl.dot(u_tile, tl.trans(do_tile), input_precision=PRECISION)
+        of_o = tl.where(index[:, None] <= index[None, :], of_o, 0.0).to(OPERAND)
+        of_x = tl.dot(u_tile, tl.trans(dx_tile), input_precision=PRECISION)
+        of_x = tl.where(index[:, None] < index[None, :], of_x, 0.0).to(OPERAND)
+        mixed = scale * tl.dot(of_o, q_tile, input_precision=PRECISION)
+        mixed = tl.dot(of_x, plus_tile, mixed, input_precision=PRECISION)
+        high = state.to(OPERAND)
+        mixed = tl.dot(u_tile, tl.trans(high), mixed, input_precision=PRECISION)
+        if FRAMED and tl.bfloat16 == OPERAND:
+            mixed = tl.dot(u_tile, tl.trans(_low(state, high)), mixed)
+        out_at = here * DK + rows[:, None] * (HEADS * DK) + k_cols[None, :]
+        out_mask = mask[:, None] & (k_cols < DK)[None, :]
+        if not FRAMED:
+            mixed += tl.load(d_plus + out_at, mask=out_mask, other=0.0)
+        tl.store(out + out_at, mixed.to(out.dtype.element_ty), mask=out_mask)
+        added = scale * tl.dot(tl.trans(q_tile), do_tile, input_precision=PRECISION)
+        state += tl.dot(tl.trans(plus_tile), dx_tile, added, input_precision=PRECISION)
+        if FRAMED:
+            state *= tl.exp2(tl.where(opens, half, 0.0))[:, None]

@@ -1,0 +1,224 @@
+"""The delta rule's Triton kernels under the interpreter, fp32, against the token loop in fp64."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import assert_close, run_ranks
+from torch import Tensor
+
+import seqpar
+from seqpar.kernels import delta_triton, reference
+from seqpar.kernels.choose import choose_delta
+from seqpar.kernels.pieces import Pieces
+from seqpar.kernels.tuned import Config, run_config
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
+
+WIDTHS = {"none": None, "scalar": 1, "diagonal": -1}
+
+
+@pytest.fixture(autouse=True)
+def _forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEQPAR_KERNELS", "triton")
+
+
+def inputs(
+    decay: str, tokens: int, heads: tuple[int, int], K: int, V: int, batch: int, nats: float
+) -> list[Tensor]:
+    """q, k, v and gates, fp64 but exact in fp32; decays from 1e-4 to `nats` a token.
+
+    Every third key repeats the one before it, more than beta's 0, 1 and 2 among others.
+    """
+    torch.manual_seed(tokens + K)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(batch, tokens, *shape).double()
+
+    q, v = randn(heads[0], K), randn(heads[1], V)
+    k = torch.nn.functional.normalize(randn(heads[0], K), dim=-1).float().double()
+    again = torch.arange(tokens) % 3 == 1
+    k[:, again] = k[:, (again.nonzero()[:, 0] - 1)]
+    beta = 2 * torch.rand(batch, tokens, heads[1])
+    fixed = torch.randint(0, 6, beta.shape)
+    for i, value in enumerate((0.0, 1.0, 2.0)):
+        beta[fixed == i] = value
+    found = [q, k, v, beta.double()]
+    width = WIDTHS[decay]
+    if width is not None:
+        shape = (batch, tokens, heads[1], *([] if width == 1 else [K]))
+        span = torch.tensor(nats * 1e4).log10()
+        found.append(-(10 ** (torch.rand(shape) * span - 4)).float().double())
+    return found
+
+
+# decay, cuts, heads of q and v, K, V, batch, nats
+CASES = [
+    ("none", (0, 150), (1, 1), 16, 32, 1, 0.1),
+    ("none", (0, 64, 130, 131), (2, 4), 24, 40, 2, 0.1),
+    ("scalar", (0, 64, 128, 150), (2, 2), 16, 16, 1, 0.1),
+    ("scalar", (0, 1, 70, 199), (1, 2), 20, 24, 2, 20),
+    ("diagonal", (0, 64, 150), (1, 1), 16, 32, 1, 0.1),
+    ("diagonal", (0, 1, 70, 130), (1, 2), 20, 24, 2, 20),
+    ("diagonal", (0, 33), (1, 1), 40, 8, 1, 20),
+    ("scalar", (0, 1100), (1, 1), 16, 16, 1, 1),  # more than one block of the gate's gradient
+    ("diagonal", (0, 1100), (1, 1), 16, 16, 1, 1),
+]
+
+
+def as_gates(given: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """q, k, v and the gates of a family, in fp32."""
+    q, k, v, *gates = (x.detach().float() for x in given)
+    return [q, k, v], [x if x.dim() == 4 else x[..., None] for x in gates]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_function_equals_the_token_loop(case: tuple) -> None:
+    """Outputs, leaving state, all gradients, for pieces with states entering and leaving."""
+    check(*case)
+
+
+def check(
+    decay: str,
+    cuts: tuple[int, ...],
+    heads: tuple[int, int],
+    K: int,
+    V: int,
+    batch: int,
+    nats: float,
+) -> None:
+    given = inputs(decay, cuts[-1], heads, K, V, batch, nats)
+    entering = torch.randn(batch, heads[1], K, V).double()
+    leaves = [x.requires_grad_() for x in (*given, entering)]
+    o, leaving = reference.delta_attention(*given, scale=0.3, initial_state=entering)
+    do, d_leaving = torch.randn_like(o).float(), torch.randn_like(leaving).float()
+    expected = torch.autograd.grad((o * do).sum() + (leaving * d_leaving).sum(), leaves)
+
+    count = len(cuts) - 1
+    pieces = Pieces(list(pairwise(cuts)), [True] * count, [True] * count, [(0, count)])
+    (q, k, v), gates = as_gates(given)
+    family = choose_delta(k, v, gates)
+    assert type(family).__name__ == "TritonDelta"
+    # fp32 running sums of strong decays are rounded at 1e3 nats: 6e-5
+    bound = 5e-5 if nats > 1 else 1e-5
+    states, adjoints = (torch.empty(batch, count, heads[1], K, V) for _ in range(2))
+    prepared = family.prepare(q, k, v, gates, 0.3, pieces)
+    A, B = prepared.summarize()
+    arriving = entering.detach().float()[:, None]
+    found = family.scan(A, B, pieces, arriving, states, backwards=False)
+    assert_close("S", found[:, 0], leaving, bound)
+    assert_close("o", prepared.run(lambda: states), o, bound)
+    prepared = family.prepare(q, k, v, gates, 0.3, pieces)
+    A, B = prepared.summarize_backward(do)
+    found = family.scan(A, B, pieces, d_leaving[:, None], adjoints, backwards=True)
+    assert_close("dS", found[:, 0], expected[-1], bound)
+    gradients = prepared.run_backward(states, do, lambda: adjoints, [True] * len(gates))
+    names = ["dq", "dk", "dv", "d_beta", "d_log_decay"]
+    for name, x, right in zip(names, gradients, expected, strict=False):
+        assert x is not None
+        assert_close(name, x.reshape(right.shape), right, bound)
+
+
+@pytest.mark.parametrize("case", [CASES[3], CASES[5], CASES[8]], ids=str)
+def test_frames_of_two_steps_as_on_hopper(case: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    def longer(*arguments: Any) -> Config:
+        return replace(run_config(*arguments), chunk=64)
+
+    monkeypatch.setattr(delta_triton, "run_config", longer)
+    check(*case)
+
+
+@pytest.mark.parametrize("decay", WIDTHS)
+def test_a_sequence_cut_at_random_equals_the_uncut_one(decay: str) -> None:
+    """Through (A, B) of each piece, forwards and backwards."""
+    K, V, tokens = 24, 16, 150
+    given = inputs(decay, tokens, (1, 1), K, V, 1, 3)
+    (q, k, v), gates = as_gates(given)
+    family = choose_delta(k, v, gates)
+    do, start, end = torch.randn_like(v), torch.randn(1, 1, 1, K, V), torch.randn(1, 1, 1, K, V)
+
+    def run(cuts: list[int]) -> list[Tensor]:
+        count = len(cuts) - 1
+        pieces = Pieces(list(pairwise(cuts)), [True] * count, [True] * count, [(0, count)])
+        states, adjoints = (torch.empty(1, count, 1, K, V) for _ in range(2))
+        prepared = family.prepare(q, k, v, gates, 1.0, pieces)
+        maps = prepared.summarize(), prepared.summarize_backward(do)
+        S = family.scan(*maps[0], pieces, start, states, backwards=False)
+        dS = family.scan(*maps[1], pieces, end, adjoints, backwards=True)
+        o = prepared.run(lambda: states)
+        gradients = prepared.run_backward(states, do, lambda: adjoints, [True] * len(gates))
+        totals = [
+            family.transition.total(A, run.summaries)
+            for (A, _), run in zip(maps, (pieces.forward[0], pieces.backward[0]), strict=True)
+        ]
+        return [S, dS, *totals, o, *(x for x in gradients if x is not None)]
+
+    whole = run([0, tokens])
+    assert_close("A and its adjoint", whole[2].mT, whole[3], 1e-5)
+    cuts = sorted(torch.randperm(tokens - 1)[:6].add(1).tolist())
+    for i, (x, right) in enumerate(zip(run([0, *cuts, tokens]), whole, strict=True)):
+        assert_close(str(i), x, right, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("decay", WIDTHS)
+def test_packed_documents_on_two_ranks_equal_the_token_loop(decay: str, kind: str) -> None:
+    documents = [0, 1, 30, 110, 120, 140, 192]
+    leaves = [x.requires_grad_() for x in inputs(decay, 192, (1, 2), 16, 16, 1, 1)]
+    o, _ = reference.delta_attention(*leaves, cu_seqlens=documents)
+    do = torch.randn_like(o)
+    expected = [o.detach(), *torch.autograd.grad((o * do).sum(), leaves)]
+    layout = seqpar.Layout(192, 2, kind, documents)
+
+    def work(rank: int) -> list[Tensor]:
+        sp = seqpar.SequenceParallel(layout=layout, segment_tokens=64)
+        local = [layout.shard(x.detach(), rank).float().requires_grad_() for x in leaves]
+        o = seqpar.delta_attention(*local, sp=sp)
+        return [o.detach(), *torch.autograd.grad(o, local, layout.shard(do, rank).float())]
+
+    for rank, results in enumerate(run_ranks(work, 2)):
+        for i, (result, whole) in enumerate(zip(results, expected, strict=True)):
+            wanted = layout.shard(whole, rank)
+            assert_close(f"{i} on rank {rank}", result, wanted, 1e-5, whole=whole)
+
+
+def test_slices_of_a_packed_projection_need_no_copies() -> None:
+    packed = torch.randn(2, 40, 2, 3 * 16 + 2).double()
+    packed = torch.nn.functional.normalize(packed, dim=-1).requires_grad_()
+
+    def attend(x: Tensor, function: Callable[..., Any]) -> Any:
+        q, k, v, beta, g = x.split([16, 16, 16, 1, 1], -1)
+        return function(q, k, v, beta.sigmoid()[..., 0], -g.exp()[..., 0])
+
+    o = attend(packed, lambda *x: reference.delta_attention(*x)[0])
+    do = torch.randn_like(o)
+    expected = torch.autograd.grad(o, packed, do)
+    x = packed.detach().float().requires_grad_()
+    found = attend(x, seqpar.delta_attention)
+    assert_close("o", found, o, 1e-5)
+    (gradient,) = torch.autograd.grad(found, x, do.float())
+    assert_close("gradient", gradient, expected[0], 1e-5)
+
+
+def test_what_triton_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = torch.zeros(1, 4, 1, 300)
+    with pytest.raises(ValueError, match=r"K=300 .* at most 256"):
+        seqpar.delta_attention(wide, wide, wide, wide[..., 0])
+    monkeypatch.delenv("SEQPAR_KERNELS")
+    assert type(choose_delta(wide, wide, [])).__name__ == "Chunked"
+
+
+def test_the_kernels_compile_without_a_gpu() -> None:
+    script = Path(__file__).with_name("delta_compiles.py")
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(script.parents[1])}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
