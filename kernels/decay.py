@@ -5,7 +5,7 @@ forward through the tokens again, dk and dv backwards, and nothing is kept from 
 the states that entered the pieces. Diagonal decay is first taken out of q and k (frames.py).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -190,17 +190,8 @@ class _Prepared:
         if not summaries:
             return A, B
 
-        decay = "key" if passes.decay == "diagonal" else passes.decay
-
-        def make() -> Callable[..., None]:
-            pieces, chunks = len(passes.table), 0
-            if passes.frames:
-                chunks = passes.frames.levels.shape[1]
-            if passes.hopper:
-                from seqpar.kernels.hopper import hopper_fold
-
-                sizes = scale, summaries, pieces, chunks
-                return hopper_fold(y, z, passes.gate, *sizes, decay, reverse)
+        def make() -> Launch:
+            chunks = passes.frames.levels.shape[1] if passes.frames else 0
             config = fold_config(DY, DZ, z.dtype)
             blocks = ceil_div(DY, config.rows) * ceil_div(DZ, config.columns)
             operand, precision = products(z.dtype)
@@ -210,7 +201,7 @@ class _Prepared:
                 [
                     scale,
                     batch,
-                    pieces,
+                    len(passes.table),
                     chunks,
                     *y.stride()[:3],
                     *z.stride()[:3],
@@ -224,7 +215,7 @@ class _Prepared:
                 BY=config.rows,
                 BZ=config.columns,
                 C=passes.chunk if passes.frames else config.chunk,
-                DECAY=decay,
+                DECAY="key" if passes.decay == "diagonal" else passes.decay,
                 REVERSE=reverse,
                 OPERAND=operand,
                 PRECISION=precision,

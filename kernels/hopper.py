@@ -1,4 +1,4 @@
-"""The run and fold kernels for Hopper: which calls they take, their tensor descriptors."""
+"""The run kernel for Hopper: which calls it takes, and its launch with tensor descriptors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,6 @@ import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from seqpar.kernels.hopper_fold_kernels import fold_hopper_kernel
 from seqpar.kernels.hopper_kernels import run_hopper_kernel
 from seqpar.kernels.launch import Launch
 from seqpar.kernels.passes import Pass
@@ -19,7 +18,7 @@ DTYPES = {torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 
 
 def fits(*operands: Tensor) -> bool:
-    """Whether the kernels take these: bf16, heads of 64 or 128 channels."""
+    """Whether the kernel takes these: bf16, heads of 64 or 128 channels."""
     return operands[0].dtype == torch.bfloat16 and all(
         x.shape[-1] in WIDTHS and _is_matrix(x) for x in operands
     )
@@ -58,41 +57,6 @@ def hopper_launch(p: Pass) -> Callable[..., None]:
         launch(*tiled, out, *rest)
 
     return run
-
-
-def hopper_fold(
-    y: Tensor,
-    z: Tensor,
-    gate: Tensor,
-    scale: float,
-    summaries: int,
-    pieces: int,
-    chunks: int,
-    decay: str,
-    reverse: bool,
-) -> Callable[..., None]:
-    """The launch of a fold; takes the tensors of `state_kernels.fold_kernel`."""
-    batch, tokens, heads, DZ = z.shape
-    launch = Launch(
-        fold_hopper_kernel,
-        heads * batch * summaries,
-        [scale, batch, tokens, pieces, chunks, y.stride(2), z.stride(2), *gate.stride()[:3]],
-        HEADS=heads,
-        Y_GROUP=heads // y.shape[2],
-        DY=y.shape[3],
-        DZ=DZ,
-        C=CHUNK,
-        DECAY=decay,
-        REVERSE=reverse,
-        STAGES=4,
-        num_warps=DZ // 16,
-    )
-    forms = _form(y), _form(z)
-
-    def fold(y: Tensor, z: Tensor, *rest: Tensor) -> None:
-        launch(*map(_descriptor, forms, (y, z)), *rest)
-
-    return fold
 
 
 def _is_matrix(x: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Compiles the Hopper kernels for every kind of pass, without a GPU; run by test_triton.py.
+"""Compiles the Hopper kernel for every kind of pass, without a GPU; run by test_triton.py.
 
 A process of its own, for under Triton's interpreter nothing can be compiled.
 """
@@ -12,14 +12,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from seqpar.kernels.hopper import CHUNK
-from seqpar.kernels.hopper_fold_kernels import fold_hopper_kernel
 from seqpar.kernels.hopper_kernels import run_hopper_kernel
 
 DESCRIPTORS = ("x", "y", "z", "other", "out")
 POINTERS = {"out_pointer": "*bf16"} | dict.fromkeys(["steps", "counts", "table"], "*i32")
-POINTERS |= dict.fromkeys(
-    ["gate", "entering", "saved", "shares", "flows", "halves", "A", "B"], "*fp32"
-)
+POINTERS |= dict.fromkeys(["gate", "entering", "saved", "shares", "flows", "halves"], "*fp32")
 
 
 def compile_for(
@@ -30,10 +27,6 @@ def compile_for(
     constants |= {f"{x}_GROUP": 2 for x in "XYZW"}
     wide = {"out", "out_pointer"} if decay == "value" or strict else set()  # whose output is fp32
     build(run_hopper_kernel, dim, decay, reverse, constants, wide)
-
-
-def compile_fold(dim: int, decay: str, reverse: bool) -> None:
-    build(fold_hopper_kernel, dim, decay, reverse, {"Y_GROUP": 2, "STAGES": 4}, set())
 
 
 def build(
@@ -72,7 +65,6 @@ def build(
 
 if __name__ == "__main__":
     compile_for(64, "none", False, False)
-    compile_fold(64, "none", False)
     for reverse, gate in product((False, True), repeat=2):
         compile_for(128, "scalar", reverse, gate)
         compile_for(128, "value" if gate else "key", reverse, gate)
@@ -80,5 +72,3 @@ if __name__ == "__main__":
     compile_for(128, "none", False, False, strict=True)
     compile_for(128, "value", False, False, strict=True, split=True)
     compile_for(128, "value", False, True, split=True)
-    for reverse, decay in ((False, "none"), (True, "scalar"), (False, "key"), (True, "key")):
-        compile_fold(128, decay, reverse)
