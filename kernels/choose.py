@@ -40,7 +40,10 @@ def choose_delta(k: Tensor, v: Tensor, gates: Sequence[Tensor]) -> Family:
     Raises:
         ValueError: as `uses_triton`.
     """
-    if not uses_triton("the delta rule", k, _too_wide(k, v)):
+    unproven = None
+    if k.dtype != torch.bfloat16 or max(k.shape[-1], v.shape[-1]) > 128:
+        unproven = "on GPUs its kernels have been proven in bfloat16 up to K = V = 128 only"
+    if not uses_triton("the delta rule", k, _too_wide(k, v), unproven):
         return DELTA
     from seqpar.kernels.delta_triton import TritonDelta
 
@@ -52,7 +55,9 @@ def _too_wide(k: Tensor, v: Tensor) -> str | None:
     return f"K={K} and V={V} must be at most {WIDEST}" if max(K, V) > WIDEST else None
 
 
-def uses_triton(function: str, x: Tensor, unfit: str | None = None) -> bool:
+def uses_triton(
+    function: str, x: Tensor, unfit: str | None = None, unproven: str | None = None
+) -> bool:
     """Whether `function` runs by Triton kernels on tensors of x's dtype and device; logged once.
 
     The environment variable SEQPAR_KERNELS forces "triton" or "torch"; "auto" is the default.
@@ -61,6 +66,7 @@ def uses_triton(function: str, x: Tensor, unfit: str | None = None) -> bool:
         function: its name, for the log.
         x: one of its tensors.
         unfit: why its kernels cannot take the other arguments, if they cannot.
+        unproven: why they are not taken unless they are asked for.
 
     Raises:
         ValueError: SEQPAR_KERNELS has another value, or asks for Triton where it cannot run.
@@ -71,6 +77,8 @@ def uses_triton(function: str, x: Tensor, unfit: str | None = None) -> bool:
     against = unfit or _against_triton(x.device, x.dtype, asked == "triton")
     if asked == "triton" and against:
         raise ValueError(f"{VARIABLE}='triton' cannot be had: {against}; nearest: 'auto'")
+    if asked == "auto":
+        against = against or unproven
     if asked == "torch" or against:
         _say(function, "PyTorch", against or f"{VARIABLE}=torch")
         return False
