@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from seqpar.kernels.delta import DELTA
+from seqpar.kernels.dplr import DPLR
 from seqpar.kernels.family import Family
 from seqpar.kernels.linear import DECAYED_LINEAR, LINEAR
 
@@ -45,6 +46,26 @@ def choose_delta(k: Tensor, v: Tensor, gates: Sequence[Tensor]) -> Family:
     from seqpar.kernels.delta_triton import TritonDelta
 
     return TritonDelta(len(gates) > 1)
+
+
+def choose_dplr(k: Tensor, v: Tensor) -> Family:
+    """Diagonal plus rank one, likewise; gates a, b and log_decay.
+
+    Raises:
+        ValueError: as `uses_triton`.
+    """
+    unfit = _too_wide(k, v)
+    # until tests/test_gpu_dplr.py has passed on one, only SEQPAR_KERNELS=triton runs these kernels
+    unfit = unfit or _only_forced("not yet proven on a GPU")
+    if not uses_triton("DPLR", k, unfit):
+        return DPLR
+    from seqpar.kernels.dplr_triton import TritonDPLR
+
+    return TritonDPLR()
+
+
+def _only_forced(reason: str) -> str | None:
+    return reason if os.environ.get(VARIABLE, "auto") == "auto" else None
 
 
 def _too_wide(k: Tensor, v: Tensor) -> str | None:

@@ -69,12 +69,13 @@ def walk_back_kernel(
     C: tl.constexpr,
     FRAMED: tl.constexpr,
     SUMMARY: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dX of one piece, [B, T, H, DV], from the gradient of the state that leaves it; and dβ, a
-    share for each block of columns [B, H, blocks, T].
+    """Z of one piece, [B, T, H, DV], from the gradient of the state that leaves it. RESIDUAL, for
+    which R is needed: instead dX, and dβ, a share for each block of columns [B, H, blocks, T].
 
     SUMMARY: not those, but Aᵀ [B, N, H, DK, DK] and dB [B, N, H, DK, DV] of the pieces that a state
     enters, as in `walk_kernel`.
@@ -164,9 +165,12 @@ def walk_back_kernel(
         high = dX.to(OPERAND)
         if not SUMMARY:
             out_at = out + rows[:, None] * (HEADS * DV) + v_cols[None, :]
-            R = tl.load(r + out_at, mask=v_mask, other=0.0).to(tl.float32)
-            tl.store(shares + rows, tl.sum(Z * R, 1), mask=mask)
-            tl.store(dx + out_at, high.to(dx.dtype.element_ty), mask=v_mask)
+            if RESIDUAL:
+                R = tl.load(r + out_at, mask=v_mask, other=0.0).to(tl.float32)
+                tl.store(shares + rows, tl.sum(Z * R, 1), mask=mask)
+                tl.store(dx + out_at, high.to(dx.dtype.element_ty), mask=v_mask)
+            else:
+                tl.store(dx + out_at, Z.to(OPERAND).to(dx.dtype.element_ty), mask=v_mask)
         read = scale * tl.dot(tl.trans(do_tile), q_tile, input_precision=PRECISION)
         state += tl.dot(tl.trans(-high), plus_tile, read, input_precision=PRECISION)
         if SPLIT:
