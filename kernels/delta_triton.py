@@ -27,7 +27,6 @@ from seqpar.kernels.tuned import (
     BLOCK,
     Config,
     delta_piece_tokens,
-    padded,
     run_config,
     walk_config,
 )
@@ -46,9 +45,7 @@ class TritonDelta:
         return Dense()
 
     def piece_tokens(self, k: Tensor, v: Tensor) -> int | None:
-        config = run_config(k.shape[3], v.shape[3], v.dtype)
-        columns = sum(triton.cdiv(x.shape[3], config.columns) for x in (k, v))
-        return delta_piece_tokens(v.shape[1], v.shape[0] * v.shape[2] * columns, v.device)
+        return delta_piece_tokens(v.shape[1], v.shape[0] * v.shape[2], v.device)
 
     def prepare(
         self,
@@ -109,7 +106,7 @@ class _Prepared:
     def summarize(self) -> tuple[Tensor, Tensor]:
         A, B, table = self._summaries(reverse=False)
         if len(table):
-            self._walk(self.v, self.v, self.v, A, B, table, summary=True)
+            self._walk(self.v, self.v, B, A, B, table, summary="AB")
         return A, B
 
     def run(self, entering: Late) -> Tensor:
@@ -120,8 +117,9 @@ class _Prepared:
     def summarize_backward(self, do: Tensor) -> tuple[Tensor, Tensor]:
         A, B, table = self._summaries(reverse=True)
         if len(table):
-            self._walk_back(do, do, do, B, B, A, B, table, summary=True)
-        return A, B
+            self._walk(self.v, self.v, B, A, B, table, summary="A")
+            self._walk_back(do, do, do, B, B, B, table, summary=True)
+        return A.mT, B
 
     def run_backward(
         self, entering: Tensor, do: Tensor, leaving: Late, wanted: Sequence[bool]
@@ -173,18 +171,18 @@ class _Prepared:
     def _values_back(self, do: Tensor, r: Tensor, adjoints: Tensor) -> tuple[Tensor, Tensor]:
         """dX and dβ [B, T, HV, 1]."""
         batch, tokens, heads, V = r.shape
-        lines = triton.cdiv(V, self._config(False).columns)
+        lines = triton.cdiv(V, self._config.columns)
         dx = torch.empty_like(r)
         shares = r.new_empty(batch, heads, lines, tokens, dtype=torch.float32)
-        self._walk_back(do, r, dx, shares, adjoints, adjoints, adjoints, self.passes.table)
+        self._walk_back(do, r, dx, shares, adjoints, adjoints, self.passes.table)
         return dx, shares.sum(2).transpose(1, 2)[..., None]
 
-    def _config(self, summary: bool) -> Config:
+    @property
+    def _config(self) -> Config:
+        """Of the walks."""
         batch, _, heads, V = self.v.shape
-        K = self.minus.shape[3]
-        columns = V + K if summary else V
-        programs = batch * heads * len(self.passes.pieces.spans)
-        return walk_config(K, columns, self.v.dtype, programs, self.v.device)
+        walks = batch * heads * len(self.passes.pieces.spans)
+        return walk_config(self.minus.shape[3], V, self.v.dtype, walks, self.v.device)
 
     def _walk(
         self,
@@ -195,14 +193,18 @@ class _Prepared:
         B: Tensor,
         table: Tensor,
         *,
-        summary: bool = False,
+        summary: str = "",
         residual: bool = False,
     ) -> None:
+        """For U and R, or summaries ("AB" or "A"), of the pieces in `table`."""
+
         def make() -> Launch:
             strides = self.minus.stride()[:3], self.v.stride()[:3], self.beta.stride()[:3]
             numbers = [*self._counts(entering), *(stride for x in strides for stride in x)]
-            given = self._constants(summary) | {"SUMMARY": summary, "RESIDUAL": residual}
-            return Launch(walk_kernel, self._programs(table, summary), numbers, **given)
+            given = self._constants | {"SUMMARY": summary, "RESIDUAL": residual}
+            wanted = {"": (B,), "A": (A,), "AB": (A, B)}[summary]
+            columns = (x.shape[4] for x in wanted)
+            return Launch(walk_kernel, self._programs(table, *columns), numbers, **given)
 
         kind = "walk", summary, residual, entering.shape[1]
         walk = self.passes.calls.once(kind, make)
@@ -216,7 +218,6 @@ class _Prepared:
         dx: Tensor,
         shares: Tensor,
         leaving: Tensor,
-        A: Tensor,
         B: Tensor,
         table: Tensor,
         *,
@@ -225,12 +226,13 @@ class _Prepared:
         def make() -> Launch:
             strides = (x.stride()[:3] for x in (self.q, self.minus, do, self.beta))
             numbers = [self.scale, *self._counts(leaving), *(s for x in strides for s in x)]
-            given = self._constants(summary) | {"SUMMARY": summary}
-            return Launch(walk_back_kernel, self._programs(table, summary), numbers, **given)
+            given = self._constants | {"SUMMARY": summary}
+            programs = self._programs(table, self.v.shape[3])
+            return Launch(walk_back_kernel, programs, numbers, **given)
 
         walk = self.passes.calls.once(("walk back", summary, leaving.shape[1]), make)
         inputs = self.q, self.plus, self.minus, do, r, self.beta, self.solved
-        walk(*inputs, dx, shares, leaving, A, B, *self._parts, table)
+        walk(*inputs, dx, shares, leaving, B, *self._parts, table)
 
     def _keys_back(
         self,
@@ -247,23 +249,22 @@ class _Prepared:
         passes = self.passes
         dk = torch.empty_like(d_plus, dtype=dtype)
         saved, flows = (traces.saved, traces.flows) if traces else (entering, entering)
-        batch, _, heads, V = self.v.shape
-        K = dk.shape[3]
-        config = run_config(V, K, self.v.dtype)
 
         def make() -> Launch:
             strides = (s for x in (do, self.q, self.plus) for s in x.stride()[:3])
             blocks = len(passes.blocks)
             numbers = [self.scale, *self._counts(adjoints), saved.shape[1], blocks, *strides]
-            given = self._constants(False) | {
+            K, (batch, _, heads, V) = dk.shape[3], self.v.shape
+            walks = batch * heads * len(passes.table)
+            config = walk_config(V, K, self.v.dtype, walks, dk.device)
+            given = self._constants | {
                 "BK": config.columns,
-                "BV": padded(V),
+                "BV": config.rows,
                 "SPAN": passes.block,
                 "num_warps": config.warps,
                 "STAGES": config.stages,
             }
-            programs = triton.cdiv(K, config.columns) * heads * batch * len(passes.table)
-            return Launch(keys_kernel, programs, numbers, **given)
+            return Launch(keys_kernel, walks * triton.cdiv(K, config.columns), numbers, **given)
 
         keys = passes.calls.once(("keys", adjoints.shape[1]), make)
         tensors = u, do, dx, self.q, self.plus, d_plus, dk, adjoints, saved, flows
@@ -287,7 +288,7 @@ class _Prepared:
 
         def make() -> Launch:
             strides = (s for x in (self.minus, self.beta) for s in x.stride()[:3])
-            given = self._constants(False)
+            given = self._constants
             kept = ("HEADS", "GROUP", "DK", "BK", "C", "FRAMED", "OPERAND", "PRECISION")
             return Launch(
                 solve_kernel,
@@ -313,16 +314,13 @@ class _Prepared:
         chunks = 0 if self.passes.frames is None else self.passes.frames.levels.shape[1]
         return *self.v.shape[:2], len(self.passes.table), chunks, states.shape[1]
 
-    def _programs(self, table: Tensor, summary: bool) -> int:
-        batch, _, heads, V = self.v.shape
-        columns = self._config(summary).columns
-        blocks = triton.cdiv(V, columns)
-        if summary:
-            blocks += triton.cdiv(self.minus.shape[3], columns)
-        return blocks * heads * batch * len(table)
+    def _programs(self, table: Tensor, *columns: int) -> int:
+        blocks = sum(triton.cdiv(count, self._config.columns) for count in columns)
+        return blocks * self.v.shape[0] * self.v.shape[2] * len(table)
 
-    def _constants(self, summary: bool) -> dict[str, Any]:
-        config = self._config(summary)
+    @property
+    def _constants(self) -> dict[str, Any]:
+        config = self._config
         heads = self.v.shape[2]
         operand, precision = products(self.v.dtype)
         return {
