@@ -21,8 +21,8 @@ from seqpar.kernels.launch import Launch, plan
 from seqpar.kernels.passes import Passes, Traces, dense, is_for_hopper, ungroup
 from seqpar.kernels.pieces import Late, Pieces
 from seqpar.kernels.transition import Dense, Transition
-from seqpar.kernels.tuned import BLOCK, padded, run_config
-from seqpar.kernels.walks import PART, Walks, piece_tokens
+from seqpar.kernels.tuned import BLOCK, delta_piece_tokens, run_config, walk_config
+from seqpar.kernels.walks import PART, Walks
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TritonDelta:
         return Dense()
 
     def piece_tokens(self, k: Tensor, v: Tensor) -> int | None:
-        return piece_tokens(k, v)
+        return delta_piece_tokens(v.shape[1], v.shape[0] * v.shape[2], v.device)
 
     def prepare(
         self,
@@ -112,12 +112,10 @@ class _Prepared(Walks):
     def _values_back(self, do: Tensor, r: Tensor, adjoints: Tensor) -> tuple[Tensor, Tensor]:
         """dX and dβ [B, T, HV, 1]."""
         batch, tokens, heads, V = r.shape
-        lines = triton.cdiv(V, self._config(False).columns)
+        lines = triton.cdiv(V, self._config.columns)
         dx = torch.empty_like(r)
         shares = r.new_empty(batch, heads, lines, tokens, dtype=torch.float32)
-        self._walk_back(
-            do, r, dx, shares, adjoints, adjoints, adjoints, self.passes.table, residual=True
-        )
+        self._walk_back(do, r, dx, shares, adjoints, adjoints, self.passes.table, residual=True)
         return dx, shares.sum(2).transpose(1, 2)[..., None]
 
     def _keys_back(
@@ -135,23 +133,22 @@ class _Prepared(Walks):
         passes = self.passes
         dk = torch.empty_like(d_plus, dtype=dtype)
         saved, flows = (traces.saved, traces.flows) if traces else (entering, entering)
-        batch, _, heads, V = self.v.shape
-        K = dk.shape[3]
-        config = run_config(V, K, self.v.dtype)
 
         def make() -> Launch:
             strides = (s for x in (do, self.q, self.plus) for s in x.stride()[:3])
             blocks = len(passes.blocks)
             numbers = [self.scale, *self._counts(adjoints), saved.shape[1], blocks, *strides]
-            given = self._constants(False) | {
+            K, (batch, _, heads, V) = dk.shape[3], self.v.shape
+            walks = batch * heads * len(passes.table)
+            config = walk_config(V, K, self.v.dtype, walks, dk.device)
+            given = self._constants | {
                 "BK": config.columns,
-                "BV": padded(V),
+                "BV": config.rows,
                 "SPAN": passes.block,
                 "num_warps": config.warps,
                 "STAGES": config.stages,
             }
-            programs = triton.cdiv(K, config.columns) * heads * batch * len(passes.table)
-            return Launch(keys_kernel, programs, numbers, **given)
+            return Launch(keys_kernel, walks * triton.cdiv(K, config.columns), numbers, **given)
 
         keys = passes.calls.once(("keys", adjoints.shape[1]), make)
         tensors = u, do, dx, self.q, self.plus, d_plus, dk, adjoints, saved, flows

@@ -20,8 +20,8 @@ from seqpar.kernels.launch import Launch, plan
 from seqpar.kernels.passes import Passes, Traces, dense, products, ungroup
 from seqpar.kernels.pieces import Late, Pieces
 from seqpar.kernels.transition import Dense, Transition
-from seqpar.kernels.tuned import BLOCK, run_config
-from seqpar.kernels.walks import PART, Walks, piece_tokens
+from seqpar.kernels.tuned import BLOCK, delta_piece_tokens, walk_config
+from seqpar.kernels.walks import PART, Walks
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TritonDPLR:
         return Dense()
 
     def piece_tokens(self, k: Tensor, v: Tensor) -> int | None:
-        return piece_tokens(k, v)
+        return delta_piece_tokens(v.shape[1], v.shape[0] * v.shape[2], v.device)
 
     def prepare(
         self,
@@ -96,7 +96,7 @@ class _Prepared(Walks):
         u, _ = self._values(entering, residual=False)
         adjoints = leaving()
         dx = torch.empty_like(u)
-        self._walk_back(do, u, dx, u, adjoints, adjoints, adjoints, passes.table)
+        self._walk_back(do, u, dx, u, adjoints, adjoints, passes.table)
         dv = torch.empty_like(v, memory_format=torch.contiguous_format)
         self._pass("dv", (k, k, self.q, do, a, dx), dv, dv, adjoints)
         dq, da, dk, db = (torch.empty_like(k, dtype=torch.float32) for _ in range(4))
@@ -123,13 +123,14 @@ class _Prepared(Walks):
 
         def make() -> Launch:
             DY = operands[0].shape[3]
-            config = run_config(DY, DZ, self.v.dtype)
+            walks = batch * heads * len(passes.table)
+            config = walk_config(DY, DZ, self.v.dtype, walks, self.v.device)
             operand, precision = products(self.v.dtype)
             counts = *self._counts(states), saved.shape[1], len(passes.blocks)
             strides = (stride for x in operands for stride in x.stride()[:3])
             return Launch(
                 pairs_kernel,
-                triton.cdiv(DZ, config.columns) * heads * batch * len(passes.table),
+                triton.cdiv(DZ, config.columns) * walks,
                 [self.scale, *counts, *strides],
                 HEADS=heads,
                 DY=DY,

@@ -35,18 +35,16 @@ def fold_config(DY: int, DZ: int, dtype: torch.dtype) -> Config:
     return Config(min(128, padded(DY)), min(128, padded(DZ)), 64, 4, 3)
 
 
-def walk_config(
-    K: int, columns: int, dtype: torch.dtype, walks: int, device: torch.device
-) -> Config:
-    """For the delta rule's walks, which keep all K rows of `columns` columns.
+def walk_config(DY: int, DZ: int, dtype: torch.dtype, walks: int, device: torch.device) -> Config:
+    """For the delta rule's walks, which keep all DY rows.
 
     walks: over how many heads and pieces. Steps follow each other, so fewer columns are taken
-    where that fills the chip.
+    where that fills the chip, or spares registers.
     """
-    found = run_config(K, columns, dtype)
-    few = walks * triton.cdiv(columns, found.columns) < processors(device)
-    stages = 3 if dtype == torch.bfloat16 else 1
-    return replace(found, columns=16 if few else found.columns, stages=stages)
+    found = run_config(DY, DZ, dtype)
+    few = walks * triton.cdiv(DZ, found.columns) < processors(device)
+    columns = 16 if few or DY > 128 else found.columns
+    return replace(found, columns=columns, stages=3 if dtype == torch.bfloat16 else 1)
 
 
 def frame_warps(columns: int, chunk: int) -> int:
@@ -63,13 +61,12 @@ def piece_tokens(tokens: int, programs: int, device: torch.device) -> int:
     return max(256, triton.cdiv(triton.cdiv(tokens, wanted), 64) * 64)
 
 
-def delta_piece_tokens(tokens: int, programs: int, device: torch.device) -> int | None:
-    """The same for the delta rule, whose pieces are walked through twice, and for K more columns.
+def delta_piece_tokens(tokens: int, heads: int, device: torch.device) -> int | None:
+    """The same for the delta rule, where a pass takes a processor for each head; None: do not cut.
 
-    programs: that the map of one piece takes, of which a processor holds two. None: do not cut.
+    Cutting costs a further walk, over K more columns: too much for but a few pieces.
     """
-    programs = triton.cdiv(programs, 2)
-    return None if processors(device) < 4 * programs else piece_tokens(tokens, programs, device)
+    return None if processors(device) < 4 * heads else piece_tokens(tokens, heads, device)
 
 
 @cache

@@ -15,16 +15,9 @@ from seqpar.kernels.delta_back_kernels import walk_back_kernel
 from seqpar.kernels.delta_kernels import STEP, solve_kernel, walk_kernel
 from seqpar.kernels.launch import Launch
 from seqpar.kernels.passes import Passes, products
-from seqpar.kernels.tuned import Config, delta_piece_tokens, run_config, walk_config
+from seqpar.kernels.tuned import Config, walk_config
 
 PART: int = STEP.value
-
-
-def piece_tokens(k: Tensor, v: Tensor) -> int | None:
-    """`seqpar.kernels.family.Family.piece_tokens` of both."""
-    config = run_config(k.shape[3], v.shape[3], v.dtype)
-    columns = sum(triton.cdiv(x.shape[3], config.columns) for x in (k, v))
-    return delta_piece_tokens(v.shape[1], v.shape[0] * v.shape[2] * columns, v.device)
 
 
 @dataclass(slots=True)
@@ -51,14 +44,15 @@ class Walks:
     def summarize(self) -> tuple[Tensor, Tensor]:
         A, B, table = self._summaries(reverse=False)
         if len(table):
-            self._walk(self.v, self.v, self.v, A, B, table, summary=True)
+            self._walk(self.v, self.v, B, A, B, table, summary="AB")
         return A, B
 
     def summarize_backward(self, do: Tensor) -> tuple[Tensor, Tensor]:
         A, B, table = self._summaries(reverse=True)
         if len(table):
-            self._walk_back(do, do, do, B, B, A, B, table, summary=True)
-        return A, B
+            self._walk(self.v, self.v, B, A, B, table, summary="A")
+            self._walk_back(do, do, do, B, B, B, table, summary=True)
+        return A.mT, B
 
     def _summaries(self, *, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Room for A and B, and `tables.summary_rows`."""
@@ -81,12 +75,12 @@ class Walks:
         self._walk(u, r, states, states, states, self.passes.table, residual=residual)
         return u, r
 
-    def _config(self, summary: bool) -> Config:
+    @property
+    def _config(self) -> Config:
+        """Of the walks."""
         batch, _, heads, V = self.v.shape
-        K = self.minus.shape[3]
-        columns = V + K if summary else V
-        programs = batch * heads * len(self.passes.pieces.spans)
-        return walk_config(K, columns, self.v.dtype, programs, self.v.device)
+        walks = batch * heads * len(self.passes.pieces.spans)
+        return walk_config(self.minus.shape[3], V, self.v.dtype, walks, self.v.device)
 
     def _walk(
         self,
@@ -97,15 +91,19 @@ class Walks:
         B: Tensor,
         table: Tensor,
         *,
-        summary: bool = False,
+        summary: str = "",
         residual: bool = False,
     ) -> None:
+        """For U and R, or summaries ("AB" or "A"), of the pieces in `table`."""
+
         def make() -> Launch:
             strides = self.minus.stride()[:3], self.v.stride()[:3], self.beta.stride()[:3]
             numbers = [*self._counts(entering), *(stride for x in strides for stride in x)]
-            given = self._constants(summary) | {"SUMMARY": summary, "RESIDUAL": residual}
+            given = self._constants | {"SUMMARY": summary, "RESIDUAL": residual}
             given |= {"KEYS": self.keys is not None}
-            return Launch(walk_kernel, self._programs(table, summary), numbers, **given)
+            wanted = {"": (B,), "A": (A,), "AB": (A, B)}[summary]
+            columns = (x.shape[4] for x in wanted)
+            return Launch(walk_kernel, self._programs(table, *columns), numbers, **given)
 
         kind = "walk", summary, residual, entering.shape[1]
         walk = self.passes.calls.once(kind, make)
@@ -119,7 +117,6 @@ class Walks:
         dx: Tensor,
         shares: Tensor,
         leaving: Tensor,
-        A: Tensor,
         B: Tensor,
         table: Tensor,
         *,
@@ -129,12 +126,13 @@ class Walks:
         def make() -> Launch:
             strides = (x.stride()[:3] for x in (self.q, self.minus, do, self.beta))
             numbers = [self.scale, *self._counts(leaving), *(s for x in strides for s in x)]
-            given = self._constants(summary) | {"SUMMARY": summary, "RESIDUAL": residual}
-            return Launch(walk_back_kernel, self._programs(table, summary), numbers, **given)
+            given = self._constants | {"SUMMARY": summary, "RESIDUAL": residual}
+            programs = self._programs(table, self.v.shape[3])
+            return Launch(walk_back_kernel, programs, numbers, **given)
 
         walk = self.passes.calls.once(("walk back", summary, residual, leaving.shape[1]), make)
         inputs = self.q, self.plus, self.minus, do, r, self.beta, self.solved
-        walk(*inputs, dx, shares, leaving, A, B, *self._parts, table)
+        walk(*inputs, dx, shares, leaving, B, *self._parts, table)
 
     @property
     def _keys(self) -> Tensor:
@@ -158,7 +156,7 @@ class Walks:
 
         def make() -> Launch:
             strides = (s for x in (self.minus, self.beta) for s in x.stride()[:3])
-            given = self._constants(False)
+            given = self._constants
             kept = ("HEADS", "GROUP", "DK", "BK", "C", "FRAMED", "OPERAND", "PRECISION")
             return Launch(
                 solve_kernel,
@@ -184,16 +182,13 @@ class Walks:
         chunks = 0 if self.passes.frames is None else self.passes.frames.levels.shape[1]
         return *self.v.shape[:2], len(self.passes.table), chunks, states.shape[1]
 
-    def _programs(self, table: Tensor, summary: bool) -> int:
-        batch, _, heads, V = self.v.shape
-        columns = self._config(summary).columns
-        blocks = triton.cdiv(V, columns)
-        if summary:
-            blocks += triton.cdiv(self.minus.shape[3], columns)
-        return blocks * heads * batch * len(table)
+    def _programs(self, table: Tensor, *columns: int) -> int:
+        blocks = sum(triton.cdiv(count, self._config.columns) for count in columns)
+        return blocks * self.v.shape[0] * self.v.shape[2] * len(table)
 
-    def _constants(self, summary: bool) -> dict[str, Any]:
-        config = self._config(summary)
+    @property
+    def _constants(self) -> dict[str, Any]:
+        config = self._config
         heads = self.v.shape[2]
         operand, precision = products(self.v.dtype)
         return {

@@ -2,7 +2,7 @@
 
 Run by test_triton_delta.py as a process of its own: under the interpreter nothing can be compiled.
 
-    python tests/delta_compiles.py [FOLDER]    also writes the machine code, for cuobjdump
+    python tests/delta_compiles.py FOLDER    more sizes; writes the machine code, for cuobjdump
 """
 
 import sys
@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from seqpar.kernels import delta_back_kernels, delta_kernels
-from seqpar.kernels.tuned import padded, run_config
+from seqpar.kernels.tuned import walk_config
 
 COUNTS = {"batches", "tokens", "pieces", "chunks", "slots", "saves", "blocks"}
 FP32 = {"entering", "leaving", "A", "B", "halves", "shares", "saved", "flows", "d_plus"}
@@ -55,23 +55,32 @@ def main() -> None:
         "bf16": (torch.bfloat16, tl.bfloat16, "ieee"),
         "fp32": (torch.float32, tl.float32, "bf16x6"),
     }
-    for (kind, (dtype, operand, precision)), K, framed in product(
-        kinds.items(), (64, 128, 256), (False, True)
-    ):
-        config = run_config(K, K, dtype)
-        stages = 3 if kind == "bf16" else 1
-        common = {"HEADS": 4, "GROUP": 2, "DK": K, "DV": K, "C": 64 if kind == "bf16" else 32}
+    every = list(product(kinds, (64, 128, 256), (False, True)))
+    for kind, K, framed in every if folder else [("bf16", 128, True), ("fp32", 64, False)]:
+        dtype, operand, precision = kinds[kind]
+        config = walk_config(K, K, dtype, 1000, torch.device("cpu"))
+        common: dict[str, object] = {
+            "HEADS": 4,
+            "GROUP": 2,
+            "DK": K,
+            "DV": K,
+            "C": 64 if kind == "bf16" else 32,
+        }
         common |= {"FRAMED": framed, "OPERAND": operand, "PRECISION": precision, "SPAN": 512}
-        walk = {"BK": padded(K), "BV": config.columns, "STAGES": stages}
-        keys = {"BK": config.columns, "BV": padded(K), "STAGES": config.stages}
-        trials = [("solve", delta_kernels.solve_kernel, 1, walk)]
+        common |= {"STAGES": config.stages}
+        walk: dict[str, object] = {"BK": config.rows, "BV": config.columns}
+        keys: dict[str, object] = {"BK": config.columns, "BV": config.rows}
+        trials: list[tuple[str, Any, int, dict[str, object]]] = [
+            ("solve", delta_kernels.solve_kernel, 1, walk)
+        ]
         trials += [("keys", delta_back_kernels.keys_kernel, config.warps, keys)]
-        for summary in (False, True):
+        for summary in ("", "A", "AB"):
             more = walk | {"SUMMARY": summary, "RESIDUAL": not summary}
-            name = "summary" if summary else "walk"
-            trials += [(name, delta_kernels.walk_kernel, config.warps, more)]
+            trials += [(f"walk{summary}", delta_kernels.walk_kernel, config.warps, more)]
+        for summary in ("", "B"):
+            more = walk | {"SUMMARY": bool(summary)}
             back = delta_back_kernels.walk_back_kernel
-            trials += [(f"{name}_back", back, config.warps, more)]
+            trials += [(f"walk_back{summary}", back, config.warps, more)]
         for name, kernel, warps, more in trials:
             compiled = compile_for(kernel, kind, warps, **(common | more))
             shared = compiled.metadata.shared
