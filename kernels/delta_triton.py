@@ -182,7 +182,8 @@ class _Prepared:
         """Of the walks."""
         batch, _, heads, V = self.v.shape
         walks = batch * heads * len(self.passes.pieces.spans)
-        return walk_config(self.minus.shape[3], V, self.v.dtype, walks, self.v.device)
+        framed = self.passes.frames is not None
+        return walk_config(self.minus.shape[3], V, self.v.dtype, framed, walks, self.v.device)
 
     def _walk(
         self,
@@ -256,7 +257,8 @@ class _Prepared:
             numbers = [self.scale, *self._counts(adjoints), saved.shape[1], blocks, *strides]
             K, (batch, _, heads, V) = dk.shape[3], self.v.shape
             walks = batch * heads * len(passes.table)
-            config = walk_config(V, K, self.v.dtype, walks, dk.device)
+            framed = passes.frames is not None
+            config = walk_config(V, K, self.v.dtype, framed, walks, dk.device)
             given = self._constants | {
                 "BK": config.columns,
                 "BV": config.rows,
