@@ -140,7 +140,8 @@ class _Prepared(Walks):
             numbers = [self.scale, *self._counts(adjoints), saved.shape[1], blocks, *strides]
             K, (batch, _, heads, V) = dk.shape[3], self.v.shape
             walks = batch * heads * len(passes.table)
-            config = walk_config(V, K, self.v.dtype, walks, dk.device)
+            framed = passes.frames is not None
+            config = walk_config(V, K, self.v.dtype, framed, walks, dk.device)
             given = self._constants | {
                 "BK": config.columns,
                 "BV": config.rows,

@@ -124,7 +124,7 @@ class _Prepared(Walks):
         def make() -> Launch:
             DY = operands[0].shape[3]
             walks = batch * heads * len(passes.table)
-            config = walk_config(DY, DZ, self.v.dtype, walks, self.v.device)
+            config = walk_config(DY, DZ, self.v.dtype, True, walks, self.v.device)
             operand, precision = products(self.v.dtype)
             counts = *self._counts(states), saved.shape[1], len(passes.blocks)
             strides = (stride for x in operands for stride in x.stride()[:3])

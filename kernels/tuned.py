@@ -35,16 +35,19 @@ def fold_config(DY: int, DZ: int, dtype: torch.dtype) -> Config:
     return Config(min(128, padded(DY)), min(128, padded(DZ)), 64, 4, 3)
 
 
-def walk_config(DY: int, DZ: int, dtype: torch.dtype, walks: int, device: torch.device) -> Config:
+def walk_config(
+    DY: int, DZ: int, dtype: torch.dtype, framed: bool, walks: int, device: torch.device
+) -> Config:
     """For the delta rule's walks, which keep all DY rows.
 
     walks: over how many heads and pieces. Steps follow each other, so fewer columns are taken
-    where that fills the chip, or spares registers.
+    where that fills the chip, or spares registers. framed: where a step's tokens are found in a
+    list first, which takes stages of its own.
     """
     found = run_config(DY, DZ, dtype)
     few = walks * triton.cdiv(DZ, found.columns) < processors(device)
     columns = 16 if few or DY > 128 else found.columns
-    return replace(found, columns=columns, stages=3 if dtype == torch.bfloat16 else 1)
+    return replace(found, columns=columns, stages=3 + 2 * framed if dtype == torch.bfloat16 else 1)
 
 
 def frame_warps(columns: int, chunk: int) -> int:

@@ -80,7 +80,8 @@ class Walks:
         """Of the walks."""
         batch, _, heads, V = self.v.shape
         walks = batch * heads * len(self.passes.pieces.spans)
-        return walk_config(self.minus.shape[3], V, self.v.dtype, walks, self.v.device)
+        framed = self.passes.frames is not None
+        return walk_config(self.minus.shape[3], V, self.v.dtype, framed, walks, self.v.device)
 
     def _walk(
         self,

@@ -58,7 +58,7 @@ def main() -> None:
     every = list(product(kinds, (64, 128, 256), (False, True)))
     for kind, K, framed in every if folder else [("bf16", 128, True), ("fp32", 64, False)]:
         dtype, operand, precision = kinds[kind]
-        config = walk_config(K, K, dtype, 1000, torch.device("cpu"))
+        config = walk_config(K, K, dtype, framed, 1000, torch.device("cpu"))
         common: dict[str, object] = {
             "HEADS": 4,
             "GROUP": 2,
