@@ -20,7 +20,7 @@ from seqpar.kernels.launch import Launch, plan
 from seqpar.kernels.passes import Passes, Traces, dense, products, ungroup
 from seqpar.kernels.pieces import Late, Pieces
 from seqpar.kernels.transition import Dense, Transition
-from seqpar.kernels.tuned import BLOCK, delta_piece_tokens, walk_config
+from seqpar.kernels.tuned import BLOCK, delta_piece_tokens, dplr_config
 from seqpar.kernels.walks import PART, Walks
 
 
@@ -124,7 +124,7 @@ class _Prepared(Walks):
         def make() -> Launch:
             DY = operands[0].shape[3]
             walks = batch * heads * len(passes.table)
-            config = walk_config(DY, DZ, self.v.dtype, True, walks, self.v.device)
+            config = dplr_config(DY, DZ, self.v.dtype, walks, self.v.device)
             operand, precision = products(self.v.dtype)
             counts = *self._counts(states), saved.shape[1], len(passes.blocks)
             strides = (stride for x in operands for stride in x.stride()[:3])

@@ -84,7 +84,7 @@ def enter(
             PLUS=parts is not None,
             BEFORE=beside is not None,
             SPLIT=dtype == torch.bfloat16,
-            num_warps=frame_warps(padded(dim), chunk),
+            num_warps=frame_warps(padded(dim), chunk) * (1 if beside is None else 2),
         )
 
     start = plan.once(("enter", beside is None), make_enter)
@@ -143,7 +143,7 @@ def leave(
         (plus, minus), (d_plus, d_minus) = (beside[0].q, beside[0].k), beside[1:]
 
     def make() -> Launch:
-        columns = min(padded(dim), 32)
+        columns = min(padded(dim), 32 if beside is None else 16)  # tiles of more tensors
         return Launch(
             leave_kernel,
             triton.cdiv(dim, columns) * len(blocks) * heads * batch,

@@ -50,6 +50,12 @@ def walk_config(
     return replace(found, columns=columns, stages=3 + 2 * framed if dtype == torch.bfloat16 else 1)
 
 
+def dplr_config(DY: int, DZ: int, dtype: torch.dtype, walks: int, device: torch.device) -> Config:
+    """For DPLR's walks and passes, where registers hold the tiles of more tensors."""
+    found = walk_config(DY, DZ, dtype, True, walks, device)
+    return found if DY <= 64 else replace(found, columns=16)
+
+
 def frame_warps(columns: int, chunk: int) -> int:
     """For a tile of the kernels of frame_kernels.py."""
     return max(4, columns * chunk // 2048)

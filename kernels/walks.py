@@ -15,7 +15,7 @@ from seqpar.kernels.delta_back_kernels import walk_back_kernel
 from seqpar.kernels.delta_kernels import STEP, solve_kernel, walk_kernel
 from seqpar.kernels.launch import Launch
 from seqpar.kernels.passes import Passes, products
-from seqpar.kernels.tuned import Config, walk_config
+from seqpar.kernels.tuned import Config, dplr_config, walk_config
 
 PART: int = STEP.value
 
@@ -80,8 +80,10 @@ class Walks:
         """Of the walks."""
         batch, _, heads, V = self.v.shape
         walks = batch * heads * len(self.passes.pieces.spans)
-        framed = self.passes.frames is not None
-        return walk_config(self.minus.shape[3], V, self.v.dtype, framed, walks, self.v.device)
+        K, dtype, device = self.minus.shape[3], self.v.dtype, self.v.device
+        if self.keys is not None:
+            return dplr_config(K, V, dtype, walks, device)
+        return walk_config(K, V, dtype, self.passes.frames is not None, walks, device)
 
     def _walk(
         self,
