@@ -1,13 +1,17 @@
 """DPLR's Triton kernels under the interpreter, fp32, against the token loop in fp64."""
 
+import logging
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
-from harness import assert_close
+from harness import assert_close, run_ranks
 from torch import Tensor
 
-from seqpar.kernels import reference
+import seqpar
+from seqpar.kernels import choose, reference
 from seqpar.kernels.choose import choose_dplr
 from seqpar.kernels.pieces import Pieces
 
@@ -90,3 +94,108 @@ def test_every_function_equals_the_token_loop(case: tuple) -> None:
     for name, x, right in zip(NAMES, gradients, expected, strict=False):
         assert x is not None
         assert_close(name, x, right, bound)
+
+
+@pytest.mark.parametrize("kind", ["rwkv", "any"])
+def test_a_sequence_cut_at_random_equals_the_uncut_one(kind: str) -> None:
+    """Through (A, B) of each piece, forwards and backwards."""
+    K, V, tokens = 24, 16, 150
+    q, k, v, *gates = (x.float() for x in inputs(kind, tokens, (1, 1), K, V, 1, 3))
+    family = choose_dplr(k, v)
+    do, start, end = torch.randn_like(v), torch.randn(1, 1, 1, K, V), torch.randn(1, 1, 1, K, V)
+
+    def run(cuts: list[int]) -> list[Tensor]:
+        count = len(cuts) - 1
+        pieces = Pieces(list(pairwise(cuts)), [True] * count, [True] * count, [(0, count)])
+        states, adjoints = (torch.empty(1, count, 1, K, V) for _ in range(2))
+        prepared = family.prepare(q, k, v, gates, 1.0, pieces)
+        maps = prepared.summarize(), prepared.summarize_backward(do)
+        S = family.scan(*maps[0], pieces, start, states, backwards=False)
+        dS = family.scan(*maps[1], pieces, end, adjoints, backwards=True)
+        o = prepared.run(lambda: states)
+        gradients = prepared.run_backward(states, do, lambda: adjoints, [True] * 3)
+        totals = [
+            family.transition.total(A, run.summaries)
+            for (A, _), run in zip(maps, (pieces.forward[0], pieces.backward[0]), strict=True)
+        ]
+        return [S, dS, *totals, o, *(x for x in gradients if x is not None)]
+
+    whole = run([0, tokens])
+    assert_close("A and its adjoint", whole[2].mT, whole[3], 1e-5)
+    cuts = sorted(torch.randperm(tokens - 1)[:6].add(1).tolist())
+    for i, (x, right) in enumerate(zip(run([0, *cuts, tokens]), whole, strict=True)):
+        assert_close(str(i), x, right, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+def test_packed_documents_on_two_ranks_equal_the_token_loop(kind: str) -> None:
+    documents = [0, 1, 30, 110, 120, 140, 192]
+    leaves = [x.requires_grad_() for x in inputs("rwkv", 192, (1, 2), 16, 16, 1, 1)]
+    o, _ = reference.dplr_attention(*leaves, cu_seqlens=documents)
+    do = torch.randn_like(o)
+    expected = [o.detach(), *torch.autograd.grad((o * do).sum(), leaves)]
+    layout = seqpar.Layout(192, 2, kind, documents)
+
+    def work(rank: int) -> list[Tensor]:
+        sp = seqpar.SequenceParallel(layout=layout, segment_tokens=64)
+        local = [layout.shard(x.detach(), rank).float().requires_grad_() for x in leaves]
+        o = seqpar.dplr_attention(*local, sp=sp)
+        return [o.detach(), *torch.autograd.grad(o, local, layout.shard(do, rank).float())]
+
+    for rank, results in enumerate(run_ranks(work, 2)):
+        for i, (result, whole) in enumerate(zip(results, expected, strict=True)):
+            wanted = layout.shard(whole, rank)
+            assert_close(f"{i} on rank {rank}", result, wanted, 1e-5, whole=whole)
+
+
+def test_documents_of_one_token() -> None:
+    """The state before each is zero: o is of its own key and value, a, b and decays do nothing."""
+    leaves = [x.requires_grad_() for x in inputs("rwkv", 12, (1, 2), 16, 16, 1, 1)]
+    documents = list(range(13))
+    o, _ = reference.dplr_attention(*leaves, cu_seqlens=documents)
+    do = torch.randn_like(o)
+    expected = torch.autograd.grad((o * do).sum(), leaves)
+    local = [x.detach().float().requires_grad_() for x in leaves]
+    sp = seqpar.SequenceParallel(layout=seqpar.Layout(12, 1, cu_seqlens=documents))
+    found = seqpar.dplr_attention(*local, sp=sp)
+    assert_close("o", found, o, 1e-5)
+    gradients = torch.autograd.grad(found, local, do.float())
+    for name, x, right in zip(NAMES, gradients, expected, strict=True):
+        if name in ("dq", "dk", "dv"):
+            assert_close(name, x, right, 1e-5)
+        else:  # the decays' is q dq - k dk of equals
+            assert not right.any()
+            assert_close(name, 1 + x, 1 + right.float(), 1e-5)
+
+
+def test_slices_of_a_packed_projection_need_no_copies() -> None:
+    packed = torch.randn(2, 40, 2, 6 * 16).double()
+    packed = torch.nn.functional.normalize(packed, dim=-1).requires_grad_()
+
+    def attend(x: Tensor, function: Callable[..., Any]) -> Any:
+        q, k, v, a, b, g = x.split(16, -1)
+        return function(q, k, v, a, b, -g.exp())
+
+    o = attend(packed, lambda *x: reference.dplr_attention(*x)[0])
+    do = torch.randn_like(o)
+    (expected,) = torch.autograd.grad(o, packed, do)
+    x = packed.detach().float().requires_grad_()
+    found = attend(x, seqpar.dplr_attention)
+    assert_close("o", found, o, 1e-5)
+    (gradient,) = torch.autograd.grad(found, x, do.float())
+    assert_close("gradient", gradient, expected, 1e-5)
+
+
+def test_only_the_variable_chooses_them(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wide, x = torch.zeros(1, 4, 1, 300), torch.zeros(1, 4, 1, 16)
+    with pytest.raises(ValueError, match=r"K=300 .* at most 256"):
+        seqpar.dplr_attention(wide, wide, wide, wide, wide, wide)
+    with pytest.raises(ValueError, match="float64"):
+        choose_dplr(x.double(), x.double())
+    monkeypatch.delenv("SEQPAR_KERNELS")
+    choose._say.cache_clear()
+    with caplog.at_level(logging.INFO, "seqpar.kernels.choose"):
+        assert type(choose_dplr(x, x)).__name__ == "Chunked"
+    assert "DPLR by PyTorch kernels: not yet proven on a GPU" in caplog.text
