@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_gpu_delta import DEVICE, LEAST, USUAL
 from test_gpu_kernels import Inputs, differentiate, error
 from torch import Tensor
 
@@ -25,8 +24,16 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
+DEVICE = "cuda"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 GATES = ("a", "b", "log_decay")
+# the loop has no running sums of decays: fp32 rounds those of 20 nats to a few 1e-6
+LEAST = {torch.float32: 5e-6, torch.float16: 0.0, torch.bfloat16: 0.0}
+# nor does it round keys relative to a frame, to which the gradient of a decay is in proportion; its
+# own errors there are averaged over V
+LEAST_OF_DECAYS = {**LEAST, torch.bfloat16: 2**-8}
+# where no loop runs
+USUAL = {torch.float32: 3e-6, torch.float16: 5e-4, torch.bfloat16: 5e-3}
 
 
 def inputs(size: tuple[int, ...], nats: float) -> Inputs:
@@ -110,7 +117,8 @@ def check(dtype: torch.dtype, size: tuple[int, ...], nats: float) -> None:
         if name in GATES and size[0] == 1:  # no state to read or to decay
             assert x.abs().max() < 1e-6 * (found["q"] * given["q"]).abs().max()
             continue
-        off, bound = error(x, right[name]), max(2 * usual[name], LEAST[dtype])
+        least = (LEAST_OF_DECAYS if name == "log_decay" else LEAST)[dtype]
+        off, bound = error(x, right[name]), max(2 * usual[name], least)
         print(f"{dtype} {size} {nats} {name}: {off:.1e}, plain {usual[name]:.1e}")
         assert off <= bound, f"{name}: {off:.2e} is above {bound:.2e}"
 
