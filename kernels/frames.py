@@ -160,8 +160,8 @@ def leave(
             num_stages=1,
         )
 
-    d_plus = dk if d_plus is None else d_plus
-    inputs = frames.q, frames.k, plus, minus, dq, dk, d_plus, d_minus, gate, flows
-    outputs = q_gradient, k_gradient, d_plus, d_minus, dq
+    of_plus = dk if d_plus is None else d_plus
+    inputs = frames.q, frames.k, plus, minus, dq, dk, of_plus, d_minus, gate, flows
+    outputs = q_gradient, k_gradient, of_plus, d_minus, dq
     plan.once("leave", make)(*inputs, *outputs, frames.levels, blocks)
     return q_gradient, k_gradient, dq
