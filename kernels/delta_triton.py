@@ -20,7 +20,7 @@ from seqpar.kernels.chunked import scan
 from seqpar.kernels.delta_back_kernels import keys_kernel, walk_back_kernel
 from seqpar.kernels.delta_kernels import STEP, solve_kernel, walk_kernel
 from seqpar.kernels.launch import Launch, plan
-from seqpar.kernels.passes import Passes, Traces, dense, is_for_hopper, products, ungroup
+from seqpar.kernels.passes import Passes, dense, is_for_hopper, products, ungroup
 from seqpar.kernels.pieces import Late, Pieces
 from seqpar.kernels.transition import Dense, Transition
 from seqpar.kernels.tuned import (
@@ -106,18 +106,19 @@ class _Prepared:
     def summarize(self) -> tuple[Tensor, Tensor]:
         A, B, table = self._summaries(reverse=False)
         if len(table):
-            self._walk(self.v, self.v, B, A, B, table, summary="AB")
+            self._walk(B, B, B, B, A, B, table, summary="AB")
         return A, B
 
     def run(self, entering: Late) -> Tensor:
         states = entering()
-        u, _ = self._values(states, residual=False)
+        u = self._empty()
+        self._walk(u, u, states, states, states, states, self.passes.table)
         return self.passes.run("o", (self.q, self.minus, u), states, self.scale, self.v.dtype)
 
     def summarize_backward(self, do: Tensor) -> tuple[Tensor, Tensor]:
         A, B, table = self._summaries(reverse=True)
         if len(table):
-            self._walk(self.v, self.v, B, A, B, table, summary="A")
+            self._walk(B, B, B, B, A, B, table, summary="A")
             self._walk_back(do, do, do, B, B, B, table, summary=True)
         return A.mT, B
 
@@ -127,16 +128,19 @@ class _Prepared:
         passes, minus = self.passes, self.minus
         traces = passes.traces(minus, self.v) if passes.frames is not None else None
         dtype = torch.float32 if passes.frames is not None else self.given[0].dtype
-        u, r = self._values(entering, residual=True)
-        # products with rounded states do not cancel in the gradient of the decays
+        u, r = self._empty(), self._empty()
+        saved, flows = (traces.saved, traces.flows) if traces else (entering, entering)
+        unused = entering, entering, passes.table
+        self._walk(u, r, entering, saved, *unused, residual=True)
+        # rounding does not cancel in the gradient of the decays, as steps are not these chunks
         forth = partial(
             passes.run, states=entering, transposed=True, split=passes.frames is not None
         )
-        dq = forth("dq", (do, u, minus), scale=self.scale, dtype=dtype, traces=traces)
+        dq = forth("dq", (do, u, minus), scale=self.scale, dtype=dtype)
         adjoints = leaving()
         dx, d_beta = self._values_back(do, r, adjoints)
         d_plus = forth("d_plus", (dx, u, minus), scale=-1.0, dtype=torch.float32, strict=True)
-        dk = self._keys_back(u, do, dx, d_plus, adjoints, entering, traces, dtype)
+        dk = self._keys_back(u, do, dx, d_plus, adjoints, saved, flows, dtype)
         found = [d_beta.to(self.beta.dtype)]
         if passes.frames is not None and traces is not None:
             gate = passes.gate
@@ -161,18 +165,15 @@ class _Prepared:
         )
         return A, B, table
 
-    def _values(self, states: Tensor, *, residual: bool) -> tuple[Tensor, Tensor]:
-        """U, and R if wanted."""
-        u = torch.empty_like(self.v, dtype=self.operand, memory_format=torch.contiguous_format)
-        r = torch.empty_like(u) if residual else u
-        self._walk(u, r, states, states, states, self.passes.table, residual=residual)
-        return u, r
+    def _empty(self) -> Tensor:
+        """Room for U, R or dX."""
+        return torch.empty(self.v.shape, dtype=self.operand, device=self.v.device)
 
     def _values_back(self, do: Tensor, r: Tensor, adjoints: Tensor) -> tuple[Tensor, Tensor]:
         """dX and dβ [B, T, HV, 1]."""
         batch, tokens, heads, V = r.shape
         lines = triton.cdiv(V, self._config.columns)
-        dx = torch.empty_like(r)
+        dx = self._empty()
         shares = r.new_empty(batch, heads, lines, tokens, dtype=torch.float32)
         self._walk_back(do, r, dx, shares, adjoints, adjoints, self.passes.table)
         return dx, shares.sum(2).transpose(1, 2)[..., None]
@@ -190,6 +191,7 @@ class _Prepared:
         u: Tensor,
         r: Tensor,
         entering: Tensor,
+        saved: Tensor,
         A: Tensor,
         B: Tensor,
         table: Tensor,
@@ -201,8 +203,10 @@ class _Prepared:
 
         def make() -> Launch:
             strides = self.minus.stride()[:3], self.v.stride()[:3], self.beta.stride()[:3]
-            numbers = [*self._counts(entering), *(stride for x in strides for stride in x)]
+            counts = *self._counts(entering), saved.shape[1]
+            numbers = [*counts, *(stride for x in strides for stride in x)]
             given = self._constants | {"SUMMARY": summary, "RESIDUAL": residual}
+            given["SPAN"] = self.passes.block
             wanted = {"": (B,), "A": (A,), "AB": (A, B)}[summary]
             columns = (x.shape[4] for x in wanted)
             return Launch(walk_kernel, self._programs(table, *columns), numbers, **given)
@@ -210,7 +214,7 @@ class _Prepared:
         kind = "walk", summary, residual, entering.shape[1]
         walk = self.passes.calls.once(kind, make)
         inputs = self.plus, self.minus, self.v, self.beta, self.solved
-        walk(*inputs, u, r, entering, A, B, *self._parts, table)
+        walk(*inputs, u, r, entering, saved, A, B, *self._parts, table)
 
     def _walk_back(
         self,
@@ -242,14 +246,13 @@ class _Prepared:
         dx: Tensor,
         d_plus: Tensor,
         adjoints: Tensor,
-        entering: Tensor,
-        traces: Traces | None,
+        saved: Tensor,
+        flows: Tensor,
         dtype: torch.dtype,
     ) -> Tensor:
         """The gradient of k⁻; without decay, of k."""
         passes = self.passes
         dk = torch.empty_like(d_plus, dtype=dtype)
-        saved, flows = (traces.saved, traces.flows) if traces else (entering, entering)
 
         def make() -> Launch:
             strides = (s for x in (do, self.q, self.plus) for s in x.stride()[:3])
