@@ -14,7 +14,8 @@ place of do, and U of v. That of k⁻,
 
 is `keys_kernel`: a pass "dk" of two sums in one, for λ is much smaller than either of its terms.
 
-Gradient of the decays: as in decay_kernels.py, with r_t = q⁺ dq⁺ + k⁺ dk⁺ - k⁻ dk⁻.
+Gradient of the decays: as in decay_kernels.py, with r_t = q⁺ dq⁺ + k⁺ dk⁺ - k⁻ dk⁻. The passes for
+these take states and scores in two parts, for their rounding does not cancel.
 """
 
 import triton
@@ -213,9 +214,10 @@ def keys_kernel(
 ):
     """dK⁻ of one piece and some of its channels, [B, T, H, DK]; without decay dK⁺ is added to it.
 
-    u, dx, do [B, T, H, DV]. With decay, what its gradient needs: saved [B, saves, H, DK, DV] of the
-    pass "dq", and flows [B, blocks, H, DK].
+    u, dx, do [B, T, H, DV]. With decay, what its gradient needs: saved [B, saves, H, DK, DV] of
+    `walk_kernel`, and flows [B, blocks, H, DK].
     """
+    SPLIT: tl.constexpr = FRAMED and tl.bfloat16 == OPERAND
     BLOCKS: tl.constexpr = (DK + BK - 1) // BK
     pid = tl.program_id(0)
     block = pid % BLOCKS
@@ -276,14 +278,20 @@ def keys_kernel(
             half = tl.load(half_at, mask=k_cols < DK, other=0.0)
             state *= tl.exp2(tl.where(closes, half, 0.0))[:, None]
         of_o = tl.dot(u_tile, tl.trans(do_tile), input_precision=PRECISION)
-        of_o = tl.where(index[:, None] <= index[None, :], of_o, 0.0).to(OPERAND)
+        of_o = tl.where(index[:, None] <= index[None, :], of_o, 0.0)
         of_x = tl.dot(u_tile, tl.trans(dx_tile), input_precision=PRECISION)
-        of_x = tl.where(index[:, None] < index[None, :], of_x, 0.0).to(OPERAND)
-        mixed = scale * tl.dot(of_o, q_tile, input_precision=PRECISION)
-        mixed = tl.dot(of_x, plus_tile, mixed, input_precision=PRECISION)
+        of_x = tl.where(index[:, None] < index[None, :], of_x, 0.0)
+        high = of_o.to(OPERAND)
+        mixed = tl.dot(high, q_tile, input_precision=PRECISION)
+        if SPLIT:
+            mixed = tl.dot(_low(of_o, high), q_tile, mixed)
+        high = of_x.to(OPERAND)
+        mixed = tl.dot(high, plus_tile, scale * mixed, input_precision=PRECISION)
+        if SPLIT:
+            mixed = tl.dot(_low(of_x, high), plus_tile, mixed)
         high = state.to(OPERAND)
         mixed = tl.dot(u_tile, tl.trans(high), mixed, input_precision=PRECISION)
-        if FRAMED and tl.bfloat16 == OPERAND:
+        if SPLIT:
             mixed = tl.dot(u_tile, tl.trans(_low(state, high)), mixed)
         out_at = here * DK + rows[:, None] * (HEADS * DK) + k_cols[None, :]
         out_mask = mask[:, None] & (k_cols < DK)[None, :]

@@ -153,7 +153,7 @@ def solve_kernel(
     tl.store(at + 16 * STEP + 16, T22.to(kind), mask=lower[:, None])
 
 
-@triton.jit(do_not_specialize=["batches", "tokens", "pieces", "chunks", "slots"])
+@triton.jit(do_not_specialize=["batches", "tokens", "pieces", "chunks", "slots", "saves"])
 def walk_kernel(
     plus,
     minus,
@@ -164,6 +164,7 @@ def walk_kernel(
     u,
     r,
     entering,
+    saved,
     A,
     B,
     halves,
@@ -175,6 +176,7 @@ def walk_kernel(
     pieces,
     chunks,
     slots,
+    saves,
     kb,
     kt,
     kh,
@@ -195,11 +197,14 @@ def walk_kernel(
     KEYS: tl.constexpr,
     SUMMARY: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    SPAN: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """U of one piece, [B, T, H, DV], from the state that enters it; RESIDUAL: and R.
+    """U of one piece, [B, T, H, DV], from the state that enters it; RESIDUAL: and R, and
+    with decay, for its gradient, the states at the ends of blocks of SPAN tokens, saved [B, saves,
+    H, DK, DV] (decay_kernels.py).
 
     SUMMARY: "AB": not those, but A [B, N, H, DK, DK] and B [B, N, H, DK, DV] of each piece, or "A".
     States and what is read of them are taken in two parts then, for a chain of many pieces must
@@ -240,6 +245,11 @@ def walk_kernel(
             pointers, inside = _state(base, v_cols, cols, 1, DV, DV, DK)
             state = tl.load(pointers, mask=inside, other=0.0)
         valued = v_cols < DV
+        if RESIDUAL and FRAMED:
+            first_save = tl.load(row + 5)
+            piece_saves = tl.load(row + 6) - first_save
+            saved += ((batch * saves + first_save) * HEADS + head) * (DK * DV)
+            saved_at, saved_inside = _state(saved, v_cols, cols, 1, DV, DV, DK)
     start = tl.load(row).to(tl.int64)
     length = tl.load(row + 1)
 
@@ -305,6 +315,11 @@ def walk_kernel(
             state = tl.dot(tl.trans(v_tile), keys_tile, state, input_precision=PRECISION)
         if FRAMED:
             state *= tl.exp2(tl.where(closes, half, 0.0))[None, :]
+        if RESIDUAL and FRAMED:
+            every = first // SPAN
+            if ((stop % SPAN == 0) | (stop == length)) & (every < piece_saves):
+                at = saved_at + every.to(tl.int64) * (HEADS * DK * DV)
+                tl.store(at, state, mask=saved_inside)
 
     if SUMMARY != "":
         summaries = tl.num_programs(0) // (BLOCKS * HEADS) // batches

@@ -18,7 +18,7 @@ from seqpar.kernels import frames
 from seqpar.kernels.chunked import scan
 from seqpar.kernels.delta_back_kernels import keys_kernel
 from seqpar.kernels.launch import Launch, plan
-from seqpar.kernels.passes import Passes, Traces, dense, is_for_hopper, ungroup
+from seqpar.kernels.passes import Passes, dense, is_for_hopper, ungroup
 from seqpar.kernels.pieces import Late, Pieces
 from seqpar.kernels.transition import Dense, Transition
 from seqpar.kernels.tuned import BLOCK, delta_piece_tokens, run_config, walk_config
@@ -80,7 +80,8 @@ class _Prepared(Walks):
 
     def run(self, entering: Late) -> Tensor:
         states = entering()
-        u, _ = self._values(states, residual=False)
+        u = self._empty()
+        self._walk(u, u, states, states, states, states, self.passes.table)
         return self.passes.run("o", (self.q, self.minus, u), states, self.scale, self.v.dtype)
 
     def run_backward(
@@ -89,16 +90,19 @@ class _Prepared(Walks):
         passes, minus = self.passes, self.minus
         traces = passes.traces(minus, self.v) if passes.frames is not None else None
         dtype = torch.float32 if passes.frames is not None else self.given[0].dtype
-        u, r = self._values(entering, residual=True)
-        # products with rounded states do not cancel in the gradient of the decays
+        u, r = self._empty(), self._empty()
+        saved, flows = (traces.saved, traces.flows) if traces else (entering, entering)
+        unused = entering, entering, passes.table
+        self._walk(u, r, entering, saved, *unused, residual=True)
+        # rounding does not cancel in the gradient of the decays, as steps are not these chunks
         forth = partial(
             passes.run, states=entering, transposed=True, split=passes.frames is not None
         )
-        dq = forth("dq", (do, u, minus), scale=self.scale, dtype=dtype, traces=traces)
+        dq = forth("dq", (do, u, minus), scale=self.scale, dtype=dtype)
         adjoints = leaving()
         dx, d_beta = self._values_back(do, r, adjoints)
         d_plus = forth("d_plus", (dx, u, minus), scale=-1.0, dtype=torch.float32, strict=True)
-        dk = self._keys_back(u, do, dx, d_plus, adjoints, entering, traces, dtype)
+        dk = self._keys_back(u, do, dx, d_plus, adjoints, saved, flows, dtype)
         found = [d_beta.to(self.beta.dtype)]
         if passes.frames is not None and traces is not None:
             gate = passes.gate
@@ -113,7 +117,7 @@ class _Prepared(Walks):
         """dX and dβ [B, T, HV, 1]."""
         batch, tokens, heads, V = r.shape
         lines = triton.cdiv(V, self._config.columns)
-        dx = torch.empty_like(r)
+        dx = self._empty()
         shares = r.new_empty(batch, heads, lines, tokens, dtype=torch.float32)
         self._walk_back(do, r, dx, shares, adjoints, adjoints, self.passes.table, residual=True)
         return dx, shares.sum(2).transpose(1, 2)[..., None]
@@ -125,14 +129,13 @@ class _Prepared(Walks):
         dx: Tensor,
         d_plus: Tensor,
         adjoints: Tensor,
-        entering: Tensor,
-        traces: Traces | None,
+        saved: Tensor,
+        flows: Tensor,
         dtype: torch.dtype,
     ) -> Tensor:
         """The gradient of k⁻; without decay, of k."""
         passes = self.passes
         dk = torch.empty_like(d_plus, dtype=dtype)
-        saved, flows = (traces.saved, traces.flows) if traces else (entering, entering)
 
         def make() -> Launch:
             strides = (s for x in (do, self.q, self.plus) for s in x.stride()[:3])

@@ -83,7 +83,8 @@ class _Prepared(Walks):
 
     def run(self, entering: Late) -> Tensor:
         states = entering()
-        u, _ = self._values(states, residual=False)
+        u = self._empty()
+        self._walk(u, u, states, states, states, states, self.passes.table)
         o = torch.empty_like(self.v, memory_format=torch.contiguous_format)
         self._pass("o", (self.q, self.q, self.minus, u, self._keys, self.v), o, o, states)
         return o
@@ -93,9 +94,9 @@ class _Prepared(Walks):
     ) -> list[Tensor | None]:
         passes, a, b, k, v = self.passes, self.plus, self.minus, self._keys, self.v
         traces = passes.traces(k, v)
-        u, _ = self._values(entering, residual=False)
+        u, dx = self._empty(), self._empty()
+        self._walk(u, u, entering, entering, entering, entering, passes.table)
         adjoints = leaving()
-        dx = torch.empty_like(u)
         self._walk_back(do, u, dx, u, adjoints, adjoints, passes.table)
         dv = torch.empty_like(v, memory_format=torch.contiguous_format)
         self._pass("dv", (k, k, self.q, do, a, dx), dv, dv, adjoints)

@@ -44,13 +44,13 @@ class Walks:
     def summarize(self) -> tuple[Tensor, Tensor]:
         A, B, table = self._summaries(reverse=False)
         if len(table):
-            self._walk(self.v, self.v, B, A, B, table, summary="AB")
+            self._walk(B, B, B, B, A, B, table, summary="AB")
         return A, B
 
     def summarize_backward(self, do: Tensor) -> tuple[Tensor, Tensor]:
         A, B, table = self._summaries(reverse=True)
         if len(table):
-            self._walk(self.v, self.v, B, A, B, table, summary="A")
+            self._walk(B, B, B, B, A, B, table, summary="A")
             self._walk_back(do, do, do, B, B, B, table, summary=True)
         return A.mT, B
 
@@ -68,12 +68,9 @@ class Walks:
         )
         return A, B, table
 
-    def _values(self, states: Tensor, *, residual: bool) -> tuple[Tensor, Tensor]:
-        """U, and R if wanted, [B, T, HV, V]."""
-        u = torch.empty_like(self.v, dtype=self.operand, memory_format=torch.contiguous_format)
-        r = torch.empty_like(u) if residual else u
-        self._walk(u, r, states, states, states, self.passes.table, residual=residual)
-        return u, r
+    def _empty(self) -> Tensor:
+        """Room for U, R or dX."""
+        return torch.empty(self.v.shape, dtype=self.operand, device=self.v.device)
 
     @property
     def _config(self) -> Config:
@@ -90,6 +87,7 @@ class Walks:
         u: Tensor,
         r: Tensor,
         entering: Tensor,
+        saved: Tensor,
         A: Tensor,
         B: Tensor,
         table: Tensor,
@@ -101,9 +99,10 @@ class Walks:
 
         def make() -> Launch:
             strides = self.minus.stride()[:3], self.v.stride()[:3], self.beta.stride()[:3]
-            numbers = [*self._counts(entering), *(stride for x in strides for stride in x)]
+            counts = *self._counts(entering), saved.shape[1]
+            numbers = [*counts, *(stride for x in strides for stride in x)]
             given = self._constants | {"SUMMARY": summary, "RESIDUAL": residual}
-            given |= {"KEYS": self.keys is not None}
+            given |= {"KEYS": self.keys is not None, "SPAN": self.passes.block}
             wanted = {"": (B,), "A": (A,), "AB": (A, B)}[summary]
             columns = (x.shape[4] for x in wanted)
             return Launch(walk_kernel, self._programs(table, *columns), numbers, **given)
@@ -111,7 +110,7 @@ class Walks:
         kind = "walk", summary, residual, entering.shape[1]
         walk = self.passes.calls.once(kind, make)
         inputs = self.plus, self.minus, self._keys, self.v, self.beta, self.solved
-        walk(*inputs, u, r, entering, A, B, *self._parts, table)
+        walk(*inputs, u, r, entering, saved, A, B, *self._parts, table)
 
     def _walk_back(
         self,
