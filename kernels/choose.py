@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from seqpar.kernels.delta import DELTA
+from seqpar.kernels.dplr import DPLR
 from seqpar.kernels.family import Family
 from seqpar.kernels.linear import DECAYED_LINEAR, LINEAR
 
@@ -17,6 +18,8 @@ logger = logging.getLogger(__name__)
 VARIABLE = "SEQPAR_KERNELS"
 CHOICES = ("auto", "triton", "torch")
 WIDEST = 256
+# of kernels that have been changed since their tests (`pytest -m gpu`) last ran on a GPU
+UNPROVEN = f"not yet proven on a GPU; {VARIABLE}=triton takes its kernels nevertheless"
 
 
 def choose_linear(k: Tensor, v: Tensor, gates: Sequence[Tensor]) -> Family:
@@ -40,14 +43,24 @@ def choose_delta(k: Tensor, v: Tensor, gates: Sequence[Tensor]) -> Family:
     Raises:
         ValueError: as `uses_triton`.
     """
-    unproven = None
-    if k.dtype != torch.bfloat16 or max(k.shape[-1], v.shape[-1]) > 128:
-        unproven = "on GPUs its kernels have been proven in bfloat16 up to K = V = 128 only"
-    if not uses_triton("the delta rule", k, _too_wide(k, v), unproven):
+    if not uses_triton("the delta rule", k, _too_wide(k, v), UNPROVEN):
         return DELTA
     from seqpar.kernels.delta_triton import TritonDelta
 
     return TritonDelta(len(gates) > 1)
+
+
+def choose_dplr(k: Tensor, v: Tensor) -> Family:
+    """Diagonal plus rank one, likewise; gates a, b and log_decay.
+
+    Raises:
+        ValueError: as `uses_triton`.
+    """
+    if not uses_triton("DPLR", k, _too_wide(k, v), UNPROVEN):
+        return DPLR
+    from seqpar.kernels.dplr_triton import TritonDPLR
+
+    return TritonDPLR()
 
 
 def _too_wide(k: Tensor, v: Tensor) -> str | None:

@@ -120,7 +120,8 @@ def run_kernel(
     DECAY: "none", "scalar", and diagonal along "key" (y) or "value" (z). GATE: whether to write
     what the gradient of the decays needs of this pass: saved [B, saves, H, DZ, DY] and flows, and
     with scalar decay shares, for which `other` is the input that `out` is the gradient of. STRICT:
-    sum over j before (or after) i only. SPLIT: take the state in two parts.
+    sum over j before (or after) i only. SPLIT: take the state and the
+    scores in two parts.
     """
     FRAMED: tl.constexpr = DECAY == "key" or DECAY == "value"
     SHARES: tl.constexpr = GATE and not FRAMED
@@ -252,7 +253,10 @@ def run_kernel(
             scores = tl.where(causal, scores, 0.0)
         else:
             scores = tl.where(causal | here, scores, 0.0)
-        mixed = tl.dot(scores.to(OPERAND), z_tile, mixed, input_precision=PRECISION)
+        high = scores.to(OPERAND)
+        mixed = tl.dot(high, z_tile, mixed, input_precision=PRECISION)
+        if SPLIT and tl.bfloat16 == OPERAND:
+            mixed = tl.dot((scores - high.to(tl.float32)).to(OPERAND), z_tile, mixed)
         mixed *= scale
         if SHARES:
             w_tile = _tile(other, rows, mask, out_cols, wt, DZ, BLOCKS * BZ).to(OPERAND)

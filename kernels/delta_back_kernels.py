@@ -14,7 +14,8 @@ place of do, and U of v. That of k⁻,
 
 is `keys_kernel`: a pass "dk" of two sums in one, for λ is much smaller than either of its terms.
 
-Gradient of the decays: as in decay_kernels.py, with r_t = q⁺ dq⁺ + k⁺ dk⁺ - k⁻ dk⁻.
+Gradient of the decays: as in decay_kernels.py, with r_t = q⁺ dq⁺ + k⁺ dk⁺ - k⁻ dk⁻. The passes for
+these take states and scores in two parts, for their rounding does not cancel.
 """
 
 import triton
@@ -36,7 +37,6 @@ def walk_back_kernel(
     dx,
     shares,
     leaving,
-    A,
     B,
     halves,
     steps,
@@ -69,20 +69,19 @@ def walk_back_kernel(
     C: tl.constexpr,
     FRAMED: tl.constexpr,
     SUMMARY: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dX of one piece, [B, T, H, DV], from the gradient of the state that leaves it; and dβ, a
-    share for each block of columns [B, H, blocks, T].
+    """Z of one piece, [B, T, H, DV], from the gradient of the state that leaves it. RESIDUAL, for
+    which R is needed: instead dX, and dβ, a share for each block of columns [B, H, blocks, T].
 
-    SUMMARY: not those, but Aᵀ [B, N, H, DK, DK] and dB [B, N, H, DK, DV] of the pieces that a state
-    enters, as in `walk_kernel`.
+    SUMMARY: not those, but dB [B, N, H, DK, DV] of the pieces that a state enters, the gradient of
+    that state if nothing comes from those that follow. `table`: `tables.piece_rows`, or
+    `tables.summary_rows`.
     """
-    SPLIT: tl.constexpr = SUMMARY and tl.bfloat16 == OPERAND
-    OF_B: tl.constexpr = (DV + BV - 1) // BV
-    OF_A: tl.constexpr = (DK + BV - 1) // BV if SUMMARY else 0
-    BLOCKS: tl.constexpr = OF_A + OF_B
+    BLOCKS: tl.constexpr = (DV + BV - 1) // BV
     pid = tl.program_id(0)
     block = pid % BLOCKS
     head = pid // BLOCKS % HEADS
@@ -96,11 +95,6 @@ def walk_back_kernel(
         row = table + 4 * place
         first_chunk = tl.load(row + 2).to(tl.int64)
         piece = tl.load(row + 3)
-        of_A = block >= OF_B
-        if of_A:
-            v_cols -= OF_B * BV
-            state = tl.where(v_cols[:, None] == cols[None, :], 1.0, 0.0)
-        valued = (v_cols < DV) & (block < OF_B)
     else:
         row = table + 8 * place
         first_chunk = tl.load(row + 7).to(tl.int64)
@@ -110,7 +104,6 @@ def walk_back_kernel(
             base = leaving + ((batch * slots + slot) * HEADS + head) * (DK * DV)
             pointers, inside = _state(base, v_cols, cols, 1, DV, DV, DK)
             state = tl.load(pointers, mask=inside, other=0.0)
-        valued = v_cols < DV
     start = tl.load(row).to(tl.int64)
     length = tl.load(row + 1)
 
@@ -139,9 +132,7 @@ def walk_back_kernel(
             minus_tile = _tile(minus, rows, mask, cols, kt, DK, BK).to(OPERAND)
         T = _solved(solved, first, rows, mask)
         rate = tl.load(beta + rows * bt, mask=mask, other=0.0).to(tl.float32)[:, None]
-        v_mask = mask[:, None] & valued[None, :]
-        do_tile = tl.load(do + rows[:, None] * ot + v_cols[None, :], mask=v_mask, other=0.0)
-        do_tile = do_tile.to(OPERAND)
+        do_tile = _tile(do, rows, mask, v_cols, ot, DV, BLOCKS * BV).to(OPERAND)
 
         if FRAMED:
             half_at = halves + at_half.to(tl.int64) * (HEADS * DK) + cols
@@ -151,38 +142,28 @@ def walk_back_kernel(
         scores = tl.dot(minus_tile, tl.trans(q_tile), input_precision=PRECISION)
         scores = tl.where(index[:, None] <= index[None, :], scores, 0.0).to(OPERAND)
         dU = scale * tl.dot(scores, do_tile, input_precision=PRECISION)
-        high = state.to(OPERAND)
-        dU = tl.dot(minus_tile, tl.trans(high), dU, input_precision=PRECISION)
-        if SPLIT:
-            dU = tl.dot(minus_tile, tl.trans(_low(state, high)), dU)
-        high = (rate * dU).to(OPERAND)
-        again = tl.dot(tl.trans(T), high, input_precision=PRECISION)
-        if SPLIT:
-            again = tl.dot(tl.trans(T), _low(rate * dU, high), again)
-        Z = dU - again
-        dX = rate * Z
-        high = dX.to(OPERAND)
+        dU = tl.dot(minus_tile, tl.trans(state.to(OPERAND)), dU, input_precision=PRECISION)
+        Z = dU - tl.dot(tl.trans(T), (rate * dU).to(OPERAND), input_precision=PRECISION)
+        dX = (rate * Z).to(OPERAND)
         if not SUMMARY:
             out_at = out + rows[:, None] * (HEADS * DV) + v_cols[None, :]
-            R = tl.load(r + out_at, mask=v_mask, other=0.0).to(tl.float32)
-            tl.store(shares + rows, tl.sum(Z * R, 1), mask=mask)
-            tl.store(dx + out_at, high.to(dx.dtype.element_ty), mask=v_mask)
+            v_mask = mask[:, None] & (v_cols < DV)[None, :]
+            if RESIDUAL:
+                R = tl.load(r + out_at, mask=v_mask, other=0.0).to(tl.float32)
+                tl.store(shares + rows, tl.sum(Z * R, 1), mask=mask)
+                tl.store(dx + out_at, dX.to(dx.dtype.element_ty), mask=v_mask)
+            else:
+                tl.store(dx + out_at, Z.to(OPERAND).to(dx.dtype.element_ty), mask=v_mask)
         read = scale * tl.dot(tl.trans(do_tile), q_tile, input_precision=PRECISION)
-        state += tl.dot(tl.trans(-high), plus_tile, read, input_precision=PRECISION)
-        if SPLIT:
-            state = tl.dot(tl.trans(-_low(dX, high)), plus_tile, state)
+        state += tl.dot(tl.trans(-dX), plus_tile, read, input_precision=PRECISION)
         if FRAMED:
             state *= tl.exp2(tl.where(opens, half, 0.0))[None, :]
 
     if SUMMARY:
         summaries = tl.num_programs(0) // (BLOCKS * HEADS) // batches
         place = (batch * summaries + place) * HEADS + head
-        if of_A:
-            pointers, inside = _state(A + place * (DK * DK), v_cols, cols, 1, DK, DK, DK)
-            tl.store(pointers, state, mask=inside)
-        else:
-            pointers, inside = _state(B + place * (DK * DV), v_cols, cols, 1, DV, DV, DK)
-            tl.store(pointers, state, mask=inside)
+        pointers, inside = _state(B + place * (DK * DV), v_cols, cols, 1, DV, DV, DK)
+        tl.store(pointers, state, mask=inside)
 
 
 @triton.jit(do_not_specialize=["batches", "tokens", "pieces", "chunks", "slots", "saves", "blocks"])
@@ -233,9 +214,10 @@ def keys_kernel(
 ):
     """dK⁻ of one piece and some of its channels, [B, T, H, DK]; without decay dK⁺ is added to it.
 
-    u, dx, do [B, T, H, DV]. With decay, what its gradient needs: saved [B, saves, H, DK, DV] of the
-    pass "dq", and flows [B, blocks, H, DK].
+    u, dx, do [B, T, H, DV]. With decay, what its gradient needs: saved [B, saves, H, DK, DV] of
+    `walk_kernel`, and flows [B, blocks, H, DK].
     """
+    SPLIT: tl.constexpr = FRAMED and tl.bfloat16 == OPERAND
     BLOCKS: tl.constexpr = (DK + BK - 1) // BK
     pid = tl.program_id(0)
     block = pid % BLOCKS
@@ -296,14 +278,20 @@ def keys_kernel(
             half = tl.load(half_at, mask=k_cols < DK, other=0.0)
             state *= tl.exp2(tl.where(closes, half, 0.0))[:, None]
         of_o = tl.dot(u_tile, tl.trans(do_tile), input_precision=PRECISION)
-        of_o = tl.where(index[:, None] <= index[None, :], of_o, 0.0).to(OPERAND)
+        of_o = tl.where(index[:, None] <= index[None, :], of_o, 0.0)
         of_x = tl.dot(u_tile, tl.trans(dx_tile), input_precision=PRECISION)
-        of_x = tl.where(index[:, None] < index[None, :], of_x, 0.0).to(OPERAND)
-        mixed = scale * tl.dot(of_o, q_tile, input_precision=PRECISION)
-        mixed = tl.dot(of_x, plus_tile, mixed, input_precision=PRECISION)
+        of_x = tl.where(index[:, None] < index[None, :], of_x, 0.0)
+        high = of_o.to(OPERAND)
+        mixed = tl.dot(high, q_tile, input_precision=PRECISION)
+        if SPLIT:
+            mixed = tl.dot(_low(of_o, high), q_tile, mixed)
+        high = of_x.to(OPERAND)
+        mixed = tl.dot(high, plus_tile, scale * mixed, input_precision=PRECISION)
+        if SPLIT:
+            mixed = tl.dot(_low(of_x, high), plus_tile, mixed)
         high = state.to(OPERAND)
         mixed = tl.dot(u_tile, tl.trans(high), mixed, input_precision=PRECISION)
-        if FRAMED and tl.bfloat16 == OPERAND:
+        if SPLIT:
             mixed = tl.dot(u_tile, tl.trans(_low(state, high)), mixed)
         out_at = here * DK + rows[:, None] * (HEADS * DK) + k_cols[None, :]
         out_mask = mask[:, None] & (k_cols < DK)[None, :]

@@ -153,16 +153,18 @@ def solve_kernel(
     tl.store(at + 16 * STEP + 16, T22.to(kind), mask=lower[:, None])
 
 
-@triton.jit(do_not_specialize=["batches", "tokens", "pieces", "chunks", "slots"])
+@triton.jit(do_not_specialize=["batches", "tokens", "pieces", "chunks", "slots", "saves"])
 def walk_kernel(
     plus,
     minus,
+    keys,
     v,
     beta,
     solved,
     u,
     r,
     entering,
+    saved,
     A,
     B,
     halves,
@@ -174,6 +176,7 @@ def walk_kernel(
     pieces,
     chunks,
     slots,
+    saves,
     kb,
     kt,
     kh,
@@ -191,21 +194,28 @@ def walk_kernel(
     BV: tl.constexpr,
     C: tl.constexpr,
     FRAMED: tl.constexpr,
+    KEYS: tl.constexpr,
     SUMMARY: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    SPAN: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """U of one piece, [B, T, H, DV], from the state that enters it; RESIDUAL: and R.
+    """U of one piece, [B, T, H, DV], from the state that enters it; RESIDUAL: and R, and
+    with decay, for its gradient, the states at the ends of blocks of SPAN tokens, saved [B, saves,
+    H, DK, DV] (decay_kernels.py).
 
-    SUMMARY: not those, but A [B, N, H, DK, DK] and B [B, N, H, DK, DV] of the pieces that a state
-    leaves. States and what is read of them are taken in two parts then, for a chain of many pieces
-    must equal one piece. `table`: `tables.piece_rows`, or `tables.summary_rows`.
+    SUMMARY: "AB": not those, but A [B, N, H, DK, DK] and B [B, N, H, DK, DV] of each piece, or "A".
+    States and what is read of them are taken in two parts then, for a chain of many pieces must
+    equal one piece. `table`: `tables.piece_rows`, or `tables.summary_rows`.
+
+    KEYS: V goes into the state by keys of its own, of the form of `minus`, and X is -(K⁺ S + P V)
+    with P the part of K⁺ Kᵀ below the diagonal (dplr_kernels.py).
     """
-    SPLIT: tl.constexpr = SUMMARY and tl.bfloat16 == OPERAND
-    OF_B: tl.constexpr = (DV + BV - 1) // BV
-    OF_A: tl.constexpr = (DK + BV - 1) // BV if SUMMARY else 0
+    SPLIT: tl.constexpr = SUMMARY != "" and tl.bfloat16 == OPERAND
+    OF_B: tl.constexpr = 0 if SUMMARY == "A" else (DV + BV - 1) // BV
+    OF_A: tl.constexpr = (DK + BV - 1) // BV if SUMMARY != "" else 0
     BLOCKS: tl.constexpr = OF_A + OF_B
     pid = tl.program_id(0)
     block = pid % BLOCKS
@@ -216,7 +226,7 @@ def walk_kernel(
     cols = tl.arange(0, BK)
     v_cols = block * BV + tl.arange(0, BV)
     state = tl.zeros([BV, BK], tl.float32)
-    if SUMMARY:
+    if SUMMARY != "":
         row = table + 4 * place
         first_chunk = tl.load(row + 2).to(tl.int64)
         piece = tl.load(row + 3)
@@ -235,11 +245,18 @@ def walk_kernel(
             pointers, inside = _state(base, v_cols, cols, 1, DV, DV, DK)
             state = tl.load(pointers, mask=inside, other=0.0)
         valued = v_cols < DV
+        if RESIDUAL and FRAMED:
+            first_save = tl.load(row + 5)
+            piece_saves = tl.load(row + 6) - first_save
+            saved += ((batch * saves + first_save) * HEADS + head) * (DK * DV)
+            saved_at, saved_inside = _state(saved, v_cols, cols, 1, DV, DV, DK)
     start = tl.load(row).to(tl.int64)
     length = tl.load(row + 1)
 
     plus += batch * kb + head // GROUP * kh + start * kt
     minus += batch * kb + head // GROUP * kh + start * kt
+    if KEYS:
+        keys += batch * kb + head // GROUP * kh + start * kt
     v += batch * vb + head * vh + start * vt
     beta += batch * bb + head * bh + start * bt
     solved += ((batch * HEADS + head) * tokens + start) * STEP
@@ -271,7 +288,14 @@ def walk_kernel(
         read = tl.dot(plus_tile, tl.trans(high), input_precision=PRECISION)
         if SPLIT:
             read = tl.dot(plus_tile, tl.trans(_low(state, high)), read)
-        X = v_tile.to(tl.float32) - read
+        if KEYS:
+            v_tile = v_tile.to(OPERAND)
+            keys_tile = _tile(keys, rows, mask, cols, kt, DK, BK).to(OPERAND)
+            scores = tl.dot(plus_tile, tl.trans(keys_tile), input_precision=PRECISION)
+            scores = tl.where(index[:, None] > index[None, :], scores, 0.0).to(OPERAND)
+            X = -tl.dot(scores, v_tile, read, input_precision=PRECISION)
+        else:
+            X = v_tile.to(tl.float32) - read
         high = (rate * X).to(OPERAND)
         again = tl.dot(T, high, input_precision=PRECISION)
         if SPLIT:
@@ -279,7 +303,7 @@ def walk_kernel(
         R = X - again
         U = rate * R
         high = U.to(OPERAND)
-        if not SUMMARY:
+        if SUMMARY == "":
             out_at = out + rows[:, None] * (HEADS * DV) + v_cols[None, :]
             tl.store(u + out_at, high.to(u.dtype.element_ty), mask=v_mask)
             if RESIDUAL:
@@ -287,10 +311,17 @@ def walk_kernel(
         state = tl.dot(tl.trans(high), minus_tile, state, input_precision=PRECISION)
         if SPLIT:
             state = tl.dot(tl.trans(_low(U, high)), minus_tile, state)
+        if KEYS:
+            state = tl.dot(tl.trans(v_tile), keys_tile, state, input_precision=PRECISION)
         if FRAMED:
             state *= tl.exp2(tl.where(closes, half, 0.0))[None, :]
+        if RESIDUAL and FRAMED:
+            every = first // SPAN
+            if ((stop % SPAN == 0) | (stop == length)) & (every < piece_saves):
+                at = saved_at + every.to(tl.int64) * (HEADS * DK * DV)
+                tl.store(at, state, mask=saved_inside)
 
-    if SUMMARY:
+    if SUMMARY != "":
         summaries = tl.num_programs(0) // (BLOCKS * HEADS) // batches
         place = (batch * summaries + place) * HEADS + head
         if of_A:

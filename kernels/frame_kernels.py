@@ -9,7 +9,8 @@ per channel. Then q'_i · k'_j is the decayed score, S' + Σ_j k'_j v_jᵀ is th
 end but for another factor e^M, and o_i = q'_iᵀ S' + Σ_j (q'_i · k'_j) v_j: a frame without decay,
 forwards and backwards. The delta rule reads the state by the keys as well; for that there is a
 second key, k⁺_i = k_i e^(G_i - M) (delta_kernels.py). One decay for all channels of a head is taken
-as that of each (EQUAL).
+as that of each (EQUAL). Of DPLR, a and b are taken likewise, but a_i reads the state before token i
+decays it: a'_i = a_i e^(G_(i-1) - M), G being 0 before the frame (BEFORE).
 
 Factors reach e^-M; so where a channel decays by more than REACH within C tokens, the frame is
 halved, down to 8 tokens. Decays beyond REACH / 8 count as that: e^-18 = 1.5e-8 of a state is left
@@ -48,10 +49,13 @@ def _sum(weights, x, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _relative(decays, level, C: tl.constexpr, SPLIT: tl.constexpr):
-    """G - M of each token [C, D]: half of what its frame decays up to it less half of the rest."""
+def _relative(decays, level, C: tl.constexpr, SPLIT: tl.constexpr, BEFORE: tl.constexpr = False):
+    """G - M of each token [C, D]: half of what its frame decays up to it less half of the rest.
+
+    BEFORE: of the token before, with no less than the frame's beginning.
+    """
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    shift = tl.where(j <= i, 0.5, -0.5)
+    shift = tl.where(j < i if BEFORE else j <= i, 0.5, -0.5)
     size = C >> level
     return _sum(tl.where(i // size == j // size, shift, 0.0), decays, SPLIT)
 
@@ -105,11 +109,12 @@ def enter_kernel(
     HALVINGS: tl.constexpr,
     EQUAL: tl.constexpr,
     PLUS: tl.constexpr,
+    BEFORE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     """q', k' [B, T, H, DIM], halves and levels of one chunk. `table`: `tables.cut_rows`.
 
-    PLUS: k⁺ as well.
+    PLUS: k⁺ as well. BEFORE: q is a of DPLR, k is b.
     """
     pid = tl.program_id(0)
     head = pid % HEADS
@@ -146,6 +151,8 @@ def enter_kernel(
     at = rows[:, None] * (HEADS * DIM) + columns[None, :]
     inside = mask[:, None] & known[None, :]
     grown = _exp2(relative, SPLIT)
+    if BEFORE:
+        grown = _exp2(_relative(decays, level, C, SPLIT, True), SPLIT)
     tl.store(q_out + out + at, (q_tile * grown).to(q_out.dtype.element_ty), mask=inside)
     if PLUS:
         tl.store(plus_out + out + at, (k_tile * grown).to(plus_out.dtype.element_ty), mask=inside)
@@ -198,13 +205,17 @@ def leave_kernel(
     q,
     k,
     plus,
+    minus,
     dq,
     dk,
     d_plus,
+    d_minus,
     gate,
     flows,
     q_gradient,
     k_gradient,
+    plus_gradient,
+    minus_gradient,
     d_gate,
     levels,
     table,
@@ -221,14 +232,16 @@ def leave_kernel(
     C: tl.constexpr,
     EQUAL: tl.constexpr,
     PLUS: tl.constexpr,
+    BEFORE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     """Gradients of q, k and the decays [B, T, H, DIM] in one block, from those of q' and k'.
 
-    PLUS: and of k⁺. With one decay for all channels, its gradient is the sum of what is written.
+    PLUS: and of k⁺. BEFORE: instead k⁺ is a' of DPLR and `minus` is b', with gradients of their
+    own. With one decay for all channels, its gradient is the sum of what is written.
 
     flows [B, blocks, H, DIM]: <S, λ> at the end of each block (see decay_kernels.py). `table`:
-    `tables.cut_rows`. q_gradient may be q, k_gradient k, and d_gate dq.
+    `tables.cut_rows`. q_gradient may be q, and so on, and d_gate dq.
     """
     COLS: tl.constexpr = (DIM + D - 1) // D
     pid = tl.program_id(0)
@@ -265,13 +278,26 @@ def leave_kernel(
             plus_tile = tl.load(plus + at, mask=inside, other=0.0).to(tl.float32)
             d_plus_tile = tl.load(d_plus + at, mask=inside, other=0.0)
             share += plus_tile * d_plus_tile
+        if BEFORE:
+            minus_tile = tl.load(minus + at, mask=inside, other=0.0).to(tl.float32)
+            d_minus_tile = tl.load(d_minus + at, mask=inside, other=0.0)
+            share -= minus_tile * d_minus_tile
         gradient = later[None, :] + _sum(from_here, share, SPLIT)
+        if BEFORE:
+            gradient -= plus_tile * d_plus_tile  # its own decay does not reach a token's a
         later += tl.sum(share, 0)
         tl.store(d_gate + at, gradient, mask=inside)
         grown = _exp2(relative, SPLIT)
         dq_tile *= grown
-        dk_tile *= _exp2(-relative, SPLIT)
-        if PLUS:
+        shrunk = _exp2(-relative, SPLIT)
+        dk_tile *= shrunk
+        if PLUS and not BEFORE:
             dk_tile += d_plus_tile * grown
+        if BEFORE:
+            d_plus_tile *= _exp2(_relative(decays, level, C, SPLIT, True), SPLIT)
+            d_minus_tile *= shrunk
+            kind = plus_gradient.dtype.element_ty
+            tl.store(plus_gradient + at, d_plus_tile.to(kind), mask=inside)
+            tl.store(minus_gradient + at, d_minus_tile.to(kind), mask=inside)
         tl.store(q_gradient + at, dq_tile.to(q_gradient.dtype.element_ty), mask=inside)
         tl.store(k_gradient + at, dk_tile.to(k_gradient.dtype.element_ty), mask=inside)

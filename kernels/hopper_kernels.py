@@ -170,9 +170,7 @@ def run_hopper_kernel(
     num_warps: gl.constexpr,
 ):
     """x, y [B*T, columns], heads `xh`, `yh` columns apart, in tiles [C, DY]; z, out likewise.
-
-    STRICT: leave j = i out; for passes forwards. SPLIT: take the state in two parts.
-    """
+    STRICT: leave j = i out, forwards. SPLIT: take the state and the scores in two parts."""
     dtype: gl.constexpr = x.dtype
     FRAMED: gl.constexpr = DECAY == "key" or DECAY == "value"
     SHARES: gl.constexpr = GATE and not FRAMED
@@ -219,7 +217,7 @@ def run_hopper_kernel(
         w_tiles = z_tiles
     out_tiles = gl.allocate_shared_memory(out.dtype, [1, C, DZ], out.layout)
     score_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], dtype)
-    score_tiles = gl.allocate_shared_memory(dtype, [1, C, C], score_layout)
+    score_tiles = gl.allocate_shared_memory(dtype, [2 if SPLIT else 1, C, C], score_layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     if DECAY == "scalar":
         lines = gl.allocate_shared_memory(gl.float32, [8, C], FLAT)
@@ -385,6 +383,8 @@ def run_hopper_kernel(
             scores = scores * _exp2(sum_i[None, :] - sum_j[:, None])
         scores = gl.where(allowed, scores, 0.0)
         score_tiles.index(0).store(scores.to(dtype))
+        if SPLIT:
+            score_tiles.index(1).store((scores - scores.to(dtype).to(gl.float32)).to(dtype))
         fence_async_shared()
         tma.store_wait(0)
         barrier()
@@ -419,7 +419,9 @@ def run_hopper_kernel(
             low = (state - state.to(dtype).to(gl.float32)).to(dtype)
             low = gl.convert_layout(low, STATE_OPERAND)
             mixed = warpgroup_mma(low, x_tile.permute((1, 0)), mixed, is_async=True)
-        mixed = warpgroup_mma(z_tile.permute((1, 0)), score_tiles.index(0), mixed, is_async=True)
+        for i in gl.static_range(2 if SPLIT else 1):
+            rounded = score_tiles.index(i)
+            mixed = warpgroup_mma(z_tile.permute((1, 0)), rounded, mixed, is_async=True)
         if DECAY == "scalar":
             reach = lines.index(4 * even + 2).load(gl.SliceLayout(0, ADDED_OPERAND))
             added = z_tile.permute((1, 0)).load(ADDED_OPERAND)

@@ -25,7 +25,7 @@ class Pass:
     heads, DZ]; entering [B, slots, heads, K, V]. decay: "none", "scalar", "key" or "value".
     transposed: DZ is K and DY is V. gated: whether the gradient of the decays is wanted; block: its
     tokens; blocks: how many there are. strict: whether a token is left out of its own sum. split:
-    whether the state is taken in two parts. frames: of diagonal decay.
+    whether the state and the scores are taken in two parts. frames: of diagonal decay.
     """
 
     x: Tensor

@@ -35,17 +35,24 @@ def fold_config(DY: int, DZ: int, dtype: torch.dtype) -> Config:
 
 
 def walk_config(
-    K: int, columns: int, dtype: torch.dtype, walks: int, device: torch.device
+    DY: int, DZ: int, dtype: torch.dtype, framed: bool, walks: int, device: torch.device
 ) -> Config:
-    """For the delta rule's walks, which keep all K rows of `columns` columns.
+    """For the delta rule's walks, which keep all DY rows.
 
     walks: over how many heads and pieces. Steps follow each other, so fewer columns are taken
-    where that fills the chip.
+    where that fills the chip, or spares registers. framed: where a step's tokens are found in a
+    list first, which takes stages of its own.
     """
-    found = run_config(K, columns, dtype)
-    few = walks * ceil_div(columns, found.columns) < processors(device)
-    stages = 3 if dtype == torch.bfloat16 else 1
-    return replace(found, columns=16 if few else found.columns, stages=stages)
+    found = run_config(DY, DZ, dtype)
+    few = walks * ceil_div(DZ, found.columns) < processors(device)
+    columns = 16 if few or DY > 128 else found.columns
+    return replace(found, columns=columns, stages=3 + 2 * framed if dtype == torch.bfloat16 else 1)
+
+
+def dplr_config(DY: int, DZ: int, dtype: torch.dtype, walks: int, device: torch.device) -> Config:
+    """For DPLR's walks and passes, where registers hold the tiles of more tensors."""
+    found = walk_config(DY, DZ, dtype, True, walks, device)
+    return found if DY <= 64 else replace(found, columns=16)
 
 
 def frame_warps(columns: int, chunk: int) -> int:
@@ -62,13 +69,12 @@ def piece_tokens(tokens: int, programs: int, device: torch.device) -> int:
     return max(256, ceil_div(ceil_div(tokens, wanted), 64) * 64)
 
 
-def delta_piece_tokens(tokens: int, programs: int, device: torch.device) -> int | None:
-    """The same for the delta rule, whose pieces are walked through twice, and for K more columns.
+def delta_piece_tokens(tokens: int, heads: int, device: torch.device) -> int | None:
+    """The same for the delta rule, where a pass takes a processor for each head; None: do not cut.
 
-    programs: that the map of one piece takes, of which a processor holds two. None: do not cut.
+    Cutting costs a further walk, over K more columns: too much for but a few pieces.
     """
-    programs = ceil_div(programs, 2)
-    return None if processors(device) < 4 * programs else piece_tokens(tokens, programs, device)
+    return None if processors(device) < 4 * heads else piece_tokens(tokens, heads, device)
 
 
 @cache

@@ -4,8 +4,7 @@ from torch import Tensor
 
 from seqpar.checks import check_qkv
 from seqpar.context import SequenceParallel
-from seqpar.kernels.choose import choose_delta, choose_linear
-from seqpar.kernels.dplr import DPLR
+from seqpar.kernels.choose import choose_delta, choose_dplr, choose_linear
 from seqpar.recurrence import recurrence
 
 
@@ -118,7 +117,8 @@ def dplr_attention(
         if list(x.shape) != wanted:
             raise ValueError(f"{name} is {_shape(x)}, it must be [B, T, HV, K] = {wanted}")
         _check_floating(name, x)
-    return recurrence("dplr_attention", DPLR, q, k, v, [a, b, log_decay], _scale(scale, q), sp)
+    family = choose_dplr(k, v)
+    return recurrence("dplr_attention", family, q, k, v, [a, b, log_decay], _scale(scale, q), sp)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, sp: SequenceParallel | None) -> None:

@@ -1,4 +1,4 @@
-"""Compiles the delta rule's kernels for every kind of walk, without a GPU.
+"""Compiles the kernels of the delta rule and DPLR, every kind of each, without a GPU.
 
 Run by test_triton_delta.py as a process of its own: under the interpreter nothing can be compiled.
 
@@ -16,19 +16,23 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from seqpar.kernels import delta_back_kernels, delta_kernels
-from seqpar.kernels.tuned import padded, run_config
+from seqpar.kernels import delta_back_kernels, delta_kernels, dplr_kernels, frame_kernels
+from seqpar.kernels.tuned import Config, dplr_config, frame_warps, walk_config
+
+Trial = tuple[str, Any, int, dict[str, object]]  # name, kernel, warps, constants
 
 COUNTS = {"batches", "tokens", "pieces", "chunks", "slots", "saves", "blocks"}
-FP32 = {"entering", "leaving", "A", "B", "halves", "shares", "saved", "flows", "d_plus"}
+FP32 = {"entering", "leaving", "A", "B", "halves", "shares", "saved", "flows", "d_plus", "gate"}
+FP32 |= {"dq", "dk", "d_minus", "d_gate", "plus_gradient", "minus_gradient"}
 INT32 = {"levels", "steps", "counts", "table"}
 
 
 def compile_for(kernel: Any, dtype: str, warps: int, **given: Any) -> Any:
-    """For Hopper, as the launches of delta_triton.py would."""
+    """For Hopper, as the launches of walks.py, delta_triton.py and dplr_triton.py would."""
     names = kernel.arg_names
     constants = {name: value for name, value in given.items() if name in names}
     wide = kernel is delta_back_kernels.keys_kernel and given["FRAMED"]
+    wide |= kernel is dplr_kernels.pairs_kernel and given["TWO"]
     signature, divisible = {}, {}
     for i, name in enumerate(names):
         if name in constants:
@@ -41,12 +45,36 @@ def compile_for(kernel: Any, dtype: str, warps: int, **given: Any) -> Any:
                 divisible[(i,)] = [["tt.divisibility", 16]]
         else:
             kind = "i32" if name in INT32 else "fp32" if name in FP32 else dtype
-            kind = "fp32" if wide and name == "out" else kind
+            kind = "fp32" if wide and name in ("out", "out1", "out2") else kind
             signature[name] = f"*{kind}"
             divisible[(i,)] = [["tt.divisibility", 16]]
     places = {(names.index(name),): value for name, value in constants.items()}
+    options = {"num_warps": warps, "num_stages": given.get("num_stages", 3)}
     source = ASTSource(kernel, signature, places, divisible)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def dplr_trials(K: int, config: Config, split: bool) -> list[Trial]:
+    """What DPLR has of its own."""
+    common: dict[str, object] = {"BK": config.rows, "BV": config.columns, "C": 32, "GROUP": 1}
+    kernel, trials = delta_kernels.walk_kernel, list[Trial]()
+    for summary in ("", "A", "AB"):
+        more = common | {"SUMMARY": summary, "RESIDUAL": False, "KEYS": True}
+        trials.append((f"dplr_walk{summary}", kernel, config.warps, more))
+    more = common | {"SUMMARY": False, "RESIDUAL": False}
+    trials.append(("dplr_walk_back", delta_back_kernels.walk_back_kernel, config.warps, more))
+    kernel = dplr_kernels.pairs_kernel
+    for name in ("o", "dq", "dv", "dk"):
+        more = {"DY": K, "DZ": K, "BY": config.rows, "BZ": config.columns, "C": 32}
+        more |= {"REVERSE": name in ("dv", "dk"), "TWO": name in ("dq", "dk")}
+        trials.append((f"dplr_{name}", kernel, config.warps, more))
+    frame: dict[str, object] = {"DIM": K, "C": 32, "EQUAL": False, "BEFORE": True, "SPLIT": split}
+    more = frame | {"GROUP": 1, "D": config.rows, "HALVINGS": 2, "PLUS": False}
+    warps = 2 * frame_warps(config.rows, 32)
+    trials.append(("dplr_enter", frame_kernels.enter_kernel, warps, more))
+    more = frame | {"D": 16, "PLUS": True, "num_stages": 1}
+    trials.append(("dplr_leave", frame_kernels.leave_kernel, frame_warps(16, 32), more))
+    return trials
 
 
 def main() -> None:
@@ -58,20 +86,30 @@ def main() -> None:
     every = list(product(kinds, (64, 128, 256), (False, True)))
     for kind, K, framed in every if folder else [("bf16", 128, True), ("fp32", 64, False)]:
         dtype, operand, precision = kinds[kind]
-        config = run_config(K, K, dtype)
-        stages = 3 if kind == "bf16" else 1
-        common = {"HEADS": 4, "GROUP": 2, "DK": K, "DV": K, "C": 64 if kind == "bf16" else 32}
+        config = walk_config(K, K, dtype, framed, 1000, torch.device("cpu"))
+        common: dict[str, object] = {
+            "HEADS": 4,
+            "GROUP": 2,
+            "DK": K,
+            "DV": K,
+            "C": 64 if kind == "bf16" else 32,
+        }
         common |= {"FRAMED": framed, "OPERAND": operand, "PRECISION": precision, "SPAN": 512}
-        walk = {"BK": padded(K), "BV": config.columns, "STAGES": stages}
-        keys = {"BK": config.columns, "BV": padded(K), "STAGES": config.stages}
-        trials = [("solve", delta_kernels.solve_kernel, 1, walk)]
+        common |= {"STAGES": config.stages}
+        walk: dict[str, object] = {"BK": config.rows, "BV": config.columns}
+        keys: dict[str, object] = {"BK": config.columns, "BV": config.rows}
+        trials: list[Trial] = [("solve", delta_kernels.solve_kernel, 1, walk)]
         trials += [("keys", delta_back_kernels.keys_kernel, config.warps, keys)]
-        for summary in (False, True):
-            more = walk | {"SUMMARY": summary, "RESIDUAL": not summary}
-            name = "summary" if summary else "walk"
-            trials += [(name, delta_kernels.walk_kernel, config.warps, more)]
+        for summary in ("", "A", "AB"):
+            more = walk | {"SUMMARY": summary, "RESIDUAL": not summary, "KEYS": False}
+            trials += [(f"walk{summary}", delta_kernels.walk_kernel, config.warps, more)]
+        for summary in ("", "B"):
+            more = walk | {"SUMMARY": bool(summary), "RESIDUAL": not summary}
             back = delta_back_kernels.walk_back_kernel
-            trials += [(f"{name}_back", back, config.warps, more)]
+            trials += [(f"walk_back{summary}", back, config.warps, more)]
+        if framed:
+            config = dplr_config(K, K, dtype, 1000, torch.device("cpu"))
+            trials += dplr_trials(K, config, kind == "bf16")
         for name, kernel, warps, more in trials:
             compiled = compile_for(kernel, kind, warps, **(common | more))
             shared = compiled.metadata.shared

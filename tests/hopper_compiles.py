@@ -71,4 +71,4 @@ if __name__ == "__main__":
     # passes of the delta rule
     compile_for(128, "none", False, False, strict=True)
     compile_for(128, "value", False, False, strict=True, split=True)
-    compile_for(128, "value", False, True, split=True)
+    compile_for(128, "value", False, False, split=True)

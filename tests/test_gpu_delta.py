@@ -93,7 +93,9 @@ def specification(**given: Any) -> Tensor:
 
 def check(decay: str, dtype: torch.dtype, size: tuple[int, ...], nats: float) -> None:
     given = inputs(decay, size, nats)
-    do = (torch.randn_like(given["v"]) * 4).round().double() / 4
+    make = torch.Generator(DEVICE).manual_seed(1)
+    do = torch.randn(given["v"].shape, device=DEVICE, generator=make)
+    do = (do * 4).round().double() / 4
     right = differentiate(specification, given, torch.float64, do)
     with forced():
         found = differentiate(seqpar.delta_attention, given, dtype, do)
@@ -199,7 +201,10 @@ def test_packed_documents_are_apart(decay: str) -> None:
     cuts = [0, 1, 64, 200, 263, 700]
     layout = seqpar.Layout(700, 1, cu_seqlens=cuts)
     sp = seqpar.SequenceParallel(layout=layout, segment_tokens=128)
-    found = differentiate(lambda **x: seqpar.delta_attention(**x, sp=sp), given, torch.bfloat16, do)
+    with forced():
+        found = differentiate(
+            lambda **x: seqpar.delta_attention(**x, sp=sp), given, torch.bfloat16, do
+        )
     for start, stop in pairwise(cuts):
         here = {name: x[:, start:stop] for name, x in given.items()}
         right = differentiate(seqpar.delta_attention, here, torch.float64, do[:, start:stop])
@@ -215,8 +220,7 @@ def test_64k_tokens_equal_the_chunked_form_in_fp64(decay: str) -> None:
 
 def test_which_kernels_run() -> None:
     x = torch.zeros(1, 4, 1, 16, device=DEVICE, dtype=torch.bfloat16)
-    assert isinstance(choose_delta(x, x, [x]), TritonDelta)
+    assert choose_delta(x, x, [x]) is DELTA  # until these tests have passed
     assert choose_delta(x.double(), x.double(), [x]) is DELTA
-    assert choose_delta(x.half(), x.half(), [x]) is DELTA  # not proven yet
     with forced():
-        assert isinstance(choose_delta(x.half(), x.half(), [x]), TritonDelta)
+        assert isinstance(choose_delta(x, x, [x]), TritonDelta)

@@ -68,8 +68,8 @@ CASES = [
     ("diagonal", (0, 64, 150), (1, 1), 16, 32, 1, 0.1),
     ("diagonal", (0, 1, 70, 130), (1, 2), 20, 24, 2, 20),
     ("diagonal", (0, 33), (1, 1), 40, 8, 1, 20),
-    ("scalar", (0, 1100), (1, 1), 16, 16, 1, 1),  # more than one block of the gate's gradient
-    ("diagonal", (0, 1100), (1, 1), 16, 16, 1, 1),
+    ("scalar", (0, 550), (1, 1), 16, 16, 1, 1),  # more than one block of the gate's gradient
+    ("diagonal", (0, 550), (1, 1), 16, 16, 1, 1),
 ]
 
 

@@ -4,6 +4,9 @@ PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m tes
 compute-sanitizer --tool racecheck python -m tests.bench.sanitize
 """
 
+import os
+from typing import Any
+
 import torch
 
 import seqpar
@@ -20,6 +23,7 @@ CASES = [
 def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("tests.bench.sanitize needs an NVIDIA GPU")
+    os.environ["SEQPAR_KERNELS"] = "triton"  # all that there are
     for dtype in (torch.bfloat16, torch.float32):
         for tokens, heads, value_heads, K, V, documents in CASES:
             sp = SequenceParallel(layout=Layout(tokens, 1, cu_seqlens=documents), segment_tokens=64)
@@ -33,10 +37,13 @@ def main() -> None:
                 leaves = [x.detach().requires_grad_() for x in inputs]
                 beta = torch.rand(1, tokens, value_heads, device="cuda").requires_grad_()
                 rule = [*leaves[:3], beta, *leaves[3:]]
-                for function, given in (
-                    (seqpar.linear_attention, leaves),
-                    (seqpar.delta_attention, rule),
-                ):
+                calls: list[tuple[Any, list[torch.Tensor]]]
+                calls = [(seqpar.linear_attention, leaves), (seqpar.delta_attention, rule)]
+                if width:
+                    a = torch.nn.functional.normalize(torch.randn_like(leaves[3]), dim=-1)
+                    low = [x.to(dtype).requires_grad_() for x in (-a, a / 2)]
+                    calls.append((seqpar.dplr_attention, [*leaves[:3], *low, leaves[3]]))
+                for function, given in calls:
                     o = function(*given, sp=sp)
                     gradients = torch.autograd.grad(o.float().square().sum(), given)
                     torch.cuda.synchronize()

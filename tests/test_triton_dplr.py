@@ -1,0 +1,202 @@
+"""DPLR's Triton kernels under the interpreter, fp32, against the token loop in fp64."""
+
+import logging
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from harness import assert_close, run_ranks
+from torch import Tensor
+
+import seqpar
+from seqpar.kernels import choose, reference
+from seqpar.kernels.choose import choose_dplr
+from seqpar.kernels.pieces import Pieces
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
+
+NAMES = ["dq", "dk", "dv", "da", "db", "d_log_decay"]
+
+
+@pytest.fixture(autouse=True)
+def _forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEQPAR_KERNELS", "triton")
+
+
+def inputs(
+    kind: str, tokens: int, heads: tuple[int, int], K: int, V: int, batch: int, nats: float
+) -> list[Tensor]:
+    """q, k, v, a, b, log_decay, fp64 but exact in fp32; decays from 1e-4 to `nats` a token.
+
+    kind: "rwkv", a = -κ and b = κ η for κ of length 1, of which every third repeats the one before
+    it, and η from 0 to 1 and exactly those; or "any", small random a and b.
+    """
+    torch.manual_seed(tokens + K)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(batch, tokens, *shape)
+
+    q, k, v = randn(heads[0], K), randn(heads[0], K) * K**-0.5, randn(heads[1], V)
+    a, b = (randn(heads[1], K) * (0.7 / K) ** 0.5 for _ in range(2))
+    if kind == "rwkv":
+        a = -torch.nn.functional.normalize(randn(heads[1], K), dim=-1)
+        again = torch.arange(1, tokens, 3)
+        a[:, again] = a[:, again - 1]
+        b = -a * (1.4 * torch.rand(batch, tokens, heads[1], K) - 0.2).clamp(0, 1)
+    span = torch.tensor(nats * 1e4).log10()
+    log_decay = -(10 ** (torch.rand(batch, tokens, heads[1], K) * span - 4))
+    return [x.double() for x in (q, k, v, a, b, log_decay)]
+
+
+# kind, cuts, heads of q and v, K, V, batch, nats
+CASES = [
+    ("rwkv", (0, 150), (1, 1), 16, 32, 1, 0.6),
+    ("any", (0, 64, 130, 131), (2, 4), 24, 40, 2, 0.1),
+    ("rwkv", (0, 1, 2, 70, 199), (1, 2), 20, 24, 2, 20),
+    ("any", (0, 33), (1, 1), 40, 8, 1, 20),
+    ("any", (0, 60), (1, 1), 16, 48, 1, 5),
+    ("rwkv", (0, 1100), (1, 1), 16, 16, 1, 1),  # more than one block of the decays' gradient
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_function_equals_the_token_loop(case: tuple) -> None:
+    """Outputs, leaving state, all gradients, for pieces with states entering and leaving."""
+    kind, cuts, heads, K, V, batch, nats = case
+    given = inputs(kind, cuts[-1], heads, K, V, batch, nats)
+    entering = torch.randn(batch, heads[1], K, V).double()
+    leaves = [x.requires_grad_() for x in (*given, entering)]
+    o, leaving = reference.dplr_attention(*given, scale=0.3, initial_state=entering)
+    do, d_leaving = torch.randn_like(o).float(), torch.randn_like(leaving).float()
+    expected = torch.autograd.grad((o * do).sum() + (leaving * d_leaving).sum(), leaves)
+
+    count = len(cuts) - 1
+    pieces = Pieces(list(pairwise(cuts)), [True] * count, [True] * count, [(0, count)])
+    q, k, v, *gates = (x.detach().float() for x in given)
+    family = choose_dplr(k, v)
+    assert type(family).__name__ == "TritonDPLR"
+    # fp32 running sums of strong decays are rounded at 1e3 nats: 6e-5
+    bound = 5e-5 if nats > 1 else 1e-5
+    states, adjoints = (torch.empty(batch, count, heads[1], K, V) for _ in range(2))
+    prepared = family.prepare(q, k, v, gates, 0.3, pieces)
+    A, B = prepared.summarize()
+    arriving = entering.detach().float()[:, None]
+    found = family.scan(A, B, pieces, arriving, states, backwards=False)
+    assert_close("S", found[:, 0], leaving, bound)
+    assert_close("o", prepared.run(lambda: states), o, bound)
+    prepared = family.prepare(q, k, v, gates, 0.3, pieces)
+    A, B = prepared.summarize_backward(do)
+    found = family.scan(A, B, pieces, d_leaving[:, None], adjoints, backwards=True)
+    assert_close("dS", found[:, 0], expected[-1], bound)
+    gradients = prepared.run_backward(states, do, lambda: adjoints, [True] * 3)
+    for name, x, right in zip(NAMES, gradients, expected, strict=False):
+        assert x is not None
+        assert_close(name, x, right, bound)
+
+
+@pytest.mark.parametrize("kind", ["rwkv", "any"])
+def test_a_sequence_cut_at_random_equals_the_uncut_one(kind: str) -> None:
+    """Through (A, B) of each piece, forwards and backwards."""
+    K, V, tokens = 24, 16, 150
+    q, k, v, *gates = (x.float() for x in inputs(kind, tokens, (1, 1), K, V, 1, 3))
+    family = choose_dplr(k, v)
+    do, start, end = torch.randn_like(v), torch.randn(1, 1, 1, K, V), torch.randn(1, 1, 1, K, V)
+
+    def run(cuts: list[int]) -> list[Tensor]:
+        count = len(cuts) - 1
+        pieces = Pieces(list(pairwise(cuts)), [True] * count, [True] * count, [(0, count)])
+        states, adjoints = (torch.empty(1, count, 1, K, V) for _ in range(2))
+        prepared = family.prepare(q, k, v, gates, 1.0, pieces)
+        maps = prepared.summarize(), prepared.summarize_backward(do)
+        S = family.scan(*maps[0], pieces, start, states, backwards=False)
+        dS = family.scan(*maps[1], pieces, end, adjoints, backwards=True)
+        o = prepared.run(lambda: states)
+        gradients = prepared.run_backward(states, do, lambda: adjoints, [True] * 3)
+        totals = [
+            family.transition.total(A, run.summaries)
+            for (A, _), run in zip(maps, (pieces.forward[0], pieces.backward[0]), strict=True)
+        ]
+        return [S, dS, *totals, o, *(x for x in gradients if x is not None)]
+
+    whole = run([0, tokens])
+    assert_close("A and its adjoint", whole[2].mT, whole[3], 1e-5)
+    cuts = sorted(torch.randperm(tokens - 1)[:6].add(1).tolist())
+    for i, (x, right) in enumerate(zip(run([0, *cuts, tokens]), whole, strict=True)):
+        assert_close(str(i), x, right, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+def test_packed_documents_on_two_ranks_equal_the_token_loop(kind: str) -> None:
+    documents = [0, 1, 30, 110, 120, 140, 192]
+    leaves = [x.requires_grad_() for x in inputs("rwkv", 192, (1, 2), 16, 16, 1, 1)]
+    o, _ = reference.dplr_attention(*leaves, cu_seqlens=documents)
+    do = torch.randn_like(o)
+    expected = [o.detach(), *torch.autograd.grad((o * do).sum(), leaves)]
+    layout = seqpar.Layout(192, 2, kind, documents)
+
+    def work(rank: int) -> list[Tensor]:
+        sp = seqpar.SequenceParallel(layout=layout, segment_tokens=64)
+        local = [layout.shard(x.detach(), rank).float().requires_grad_() for x in leaves]
+        o = seqpar.dplr_attention(*local, sp=sp)
+        return [o.detach(), *torch.autograd.grad(o, local, layout.shard(do, rank).float())]
+
+    for rank, results in enumerate(run_ranks(work, 2)):
+        for i, (result, whole) in enumerate(zip(results, expected, strict=True)):
+            wanted = layout.shard(whole, rank)
+            assert_close(f"{i} on rank {rank}", result, wanted, 1e-5, whole=whole)
+
+
+def test_documents_of_one_token() -> None:
+    """The state before each is zero: o is of its own key and value, a, b and decays do nothing."""
+    leaves = [x.requires_grad_() for x in inputs("rwkv", 12, (1, 2), 16, 16, 1, 1)]
+    documents = list(range(13))
+    o, _ = reference.dplr_attention(*leaves, cu_seqlens=documents)
+    do = torch.randn_like(o)
+    expected = torch.autograd.grad((o * do).sum(), leaves)
+    local = [x.detach().float().requires_grad_() for x in leaves]
+    sp = seqpar.SequenceParallel(layout=seqpar.Layout(12, 1, cu_seqlens=documents))
+    found = seqpar.dplr_attention(*local, sp=sp)
+    assert_close("o", found, o, 1e-5)
+    gradients = torch.autograd.grad(found, local, do.float())
+    for name, x, right in zip(NAMES, gradients, expected, strict=True):
+        if name in ("dq", "dk", "dv"):
+            assert_close(name, x, right, 1e-5)
+        else:  # the decays' is q dq - k dk of equals
+            assert not right.any()
+            assert_close(name, 1 + x, 1 + right.float(), 1e-5)
+
+
+def test_slices_of_a_packed_projection_need_no_copies() -> None:
+    packed = torch.randn(2, 40, 2, 6 * 16).double()
+    packed = torch.nn.functional.normalize(packed, dim=-1).requires_grad_()
+
+    def attend(x: Tensor, function: Callable[..., Any]) -> Any:
+        q, k, v, a, b, g = x.split(16, -1)
+        return function(q, k, v, a, b, -g.exp())
+
+    o = attend(packed, lambda *x: reference.dplr_attention(*x)[0])
+    do = torch.randn_like(o)
+    (expected,) = torch.autograd.grad(o, packed, do)
+    x = packed.detach().float().requires_grad_()
+    found = attend(x, seqpar.dplr_attention)
+    assert_close("o", found, o, 1e-5)
+    (gradient,) = torch.autograd.grad(found, x, do.float())
+    assert_close("gradient", gradient, expected, 1e-5)
+
+
+def test_only_the_variable_chooses_them(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wide, x = torch.zeros(1, 4, 1, 300), torch.zeros(1, 4, 1, 16)
+    with pytest.raises(ValueError, match=r"K=300 .* at most 256"):
+        seqpar.dplr_attention(wide, wide, wide, wide, wide, wide)
+    with pytest.raises(ValueError, match="float64"):
+        choose_dplr(x.double(), x.double())
+    monkeypatch.delenv("SEQPAR_KERNELS")
+    monkeypatch.setattr(choose, "_against_triton", lambda *arguments: None)  # as on a GPU
+    choose._say.cache_clear()
+    with caplog.at_level(logging.INFO, "seqpar.kernels.choose"):
+        assert type(choose_dplr(x, x)).__name__ == "Chunked"
+    assert "DPLR by PyTorch kernels: not yet proven on a GPU" in caplog.text
