@@ -43,24 +43,30 @@ class Convolution:
         if not self.triton:
             return self._plain(x, halo, weight, bias)
         from seqpar.kernels.conv_kernels import conv_kernel  # triton only where it is used
+        from seqpar.kernels.launch import Launch, alike
 
         x = dense(x)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        block = _block(len(weight), 256 if x.element_size() == 2 else 128)  # 16 bytes a thread
-        programs, rows = self._cut(x, block, 64)
-        strides, unit = in_units(x)
-        conv_kernel[(programs * -(-len(weight) // block),)](
-            *self._inputs(x, halo, weight, bias),
-            y,
-            *self._sizes(x),
-            *strides,
-            X_UNIT=unit,
-            **self._constants(x, halo, weight, bias),
-            BLOCK=block,
-            ROWS=rows,
-            UNROLL=4,
-            num_warps=1,
-        )
+        inputs = self._inputs(x, halo, weight, bias)
+
+        def make() -> Launch:
+            block = _block(len(weight), 256 if x.element_size() == 2 else 128)  # 16 bytes a thread
+            programs, rows = self._cut(x, block, 64)
+            strides, unit = in_units(x)
+            return Launch(
+                conv_kernel,
+                programs * -(-len(weight) // block),
+                [*self._sizes(x), *strides],
+                X_UNIT=unit,
+                **self._constants(x, halo, weight, bias),
+                BLOCK=block,
+                ROWS=rows,
+                UNROLL=4,
+                num_warps=1,
+            )
+
+        kind = "conv", self.silu, self.ranges, halo is None, bias is None, self.seen is None
+        alike(*kind, *inputs).once("forward", make)(*inputs, y)
         return y
 
     def backward(
@@ -70,6 +76,7 @@ class Convolution:
         if not self.triton:
             return self._plain_backward(x, halo, weight, bias, dy)
         from seqpar.kernels.conv_kernels import conv_backward_kernel
+        from seqpar.kernels.launch import Launch, alike
 
         x, dy = dense(x), dense(dy)
         channels, width = weight.shape
@@ -79,24 +86,26 @@ class Convolution:
         programs, rows = self._cut(x, block, 128)
         lines = width + (bias is not None)
         sums = torch.empty(programs, lines, channels, dtype=torch.float32, device=x.device)
-        (x_strides, x_unit), (y_strides, y_unit) = in_units(x), in_units(dy)
-        conv_backward_kernel[(programs * -(-channels // block),)](
-            *self._inputs(x, halo, weight, bias),
-            dy,
-            dx,
-            dx if d_halo is None else d_halo,
-            sums,
-            *self._sizes(x),
-            *x_strides,
-            *y_strides,
-            X_UNIT=x_unit,
-            Y_UNIT=y_unit,
-            **self._constants(x, halo, weight, bias),
-            BLOCK=block,
-            ROWS=rows,
-            UNROLL=4,
-            num_warps=1,
-        )
+        inputs = *self._inputs(x, halo, weight, bias), dy
+
+        def make() -> Launch:
+            (x_strides, x_unit), (y_strides, y_unit) = in_units(x), in_units(dy)
+            return Launch(
+                conv_backward_kernel,
+                programs * -(-channels // block),
+                [*self._sizes(x), *x_strides, *y_strides],
+                X_UNIT=x_unit,
+                Y_UNIT=y_unit,
+                **self._constants(x, halo, weight, bias),
+                BLOCK=block,
+                ROWS=rows,
+                UNROLL=4,
+                num_warps=1,
+            )
+
+        kind = "conv", self.silu, self.ranges, halo is None, bias is None, self.seen is None
+        launch = alike(*kind, *inputs).once("backward", make)
+        launch(*inputs, dx, dx if d_halo is None else d_halo, sums)
         total = sums.sum(0)
         d_weight = total[:width].T.to(weight.dtype, memory_format=torch.contiguous_format)
         return dx, d_halo, d_weight, None if bias is None else total[width].to(bias.dtype)

@@ -6,6 +6,7 @@ remembers which compiled kernel it is. `plan` keeps them with the pieces, for on
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -48,6 +49,16 @@ def plan(pieces: Pieces, *kind: object) -> Once:
     """
     key = tuple(_form(x) if isinstance(x, Tensor) else x for x in kind)
     return pieces.once(key, Once)
+
+
+def alike(*kind: object) -> Once:
+    """The same for calls that have no pieces; of the kinds that were met last."""
+    return _kept(tuple(_form(x) if isinstance(x, Tensor) else x for x in kind))
+
+
+@lru_cache(256)
+def _kept(key: tuple[object, ...]) -> Once:
+    return Once()
 
 
 def _form(x: Tensor) -> tuple[object, ...]:

@@ -58,33 +58,27 @@ def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
 class _GatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-        from seqpar.kernels.norm_kernels import gated_norm_kernel  # triton only where it is used
+        from seqpar.kernels.launch import Launch, alike  # triton only where it is used
+        from seqpar.kernels.norm_kernels import gated_norm_kernel
 
         x, gate, weight = dense(x), dense(gate), weight.contiguous()
         ctx.save_for_backward(x, gate, weight)
         ctx.eps = eps
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        tiles, constants = _cut(x)
-        (x_strides, x_unit), (g_strides, g_unit) = in_units(x), in_units(gate)
-        gated_norm_kernel[(tiles,)](
-            x,
-            gate,
-            weight,
-            y,
-            x.shape[1],
-            eps,
-            *x_strides,
-            *g_strides,
-            X_UNIT=x_unit,
-            G_UNIT=g_unit,
-            FAST=x.is_cuda,
-            **constants,
-        )
+
+        def make() -> Launch:
+            tiles, constants = _cut(x)
+            strides, units = _strides(X_UNIT=x, G_UNIT=gate)
+            numbers = [x.shape[1], eps, *strides]
+            return Launch(gated_norm_kernel, tiles, numbers, **units, FAST=x.is_cuda, **constants)
+
+        alike("norm", eps, x, gate, weight).once("forward", make)(x, gate, weight, y)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        from seqpar.kernels.launch import Launch, alike
         from seqpar.kernels.norm_kernels import gated_norm_backward_kernel
         from seqpar.kernels.tuned import processors
 
@@ -94,68 +88,68 @@ class _GatedNorm(torch.autograd.Function):
         tiles, constants = _cut(x)
         programs = min(tiles, 32 * processors(x.device))
         sums = torch.empty(programs, x.shape[3], dtype=torch.float32, device=x.device)
-        (x_strides, x_unit), (g_strides, g_unit) = in_units(x), in_units(gate)
-        y_strides, y_unit = in_units(dy)
-        gated_norm_backward_kernel[(programs,)](
-            x,
-            gate,
-            weight,
-            dy,
-            dx,
-            d_gate,
-            sums,
-            x.shape[1],
-            tiles,
-            ctx.eps,
-            *x_strides,
-            *g_strides,
-            *y_strides,
-            X_UNIT=x_unit,
-            G_UNIT=g_unit,
-            Y_UNIT=y_unit,
-            FAST=x.is_cuda,
-            **constants,
-        )
+
+        def make() -> Launch:
+            strides, units = _strides(X_UNIT=x, G_UNIT=gate, Y_UNIT=dy)
+            numbers = [x.shape[1], tiles, ctx.eps, *strides]
+            return Launch(
+                gated_norm_backward_kernel,
+                programs,
+                numbers,
+                **units,
+                FAST=x.is_cuda,
+                **constants,
+            )
+
+        launch = alike("norm", ctx.eps, x, gate, weight, dy).once("backward", make)
+        launch(x, gate, weight, dy, dx, d_gate, sums)
         return dx, d_gate, sums.sum(0).to(weight.dtype), None
 
 
 class _Unit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        from seqpar.kernels.launch import Launch, alike
         from seqpar.kernels.norm_kernels import unit_kernel
 
         x = dense(x)
         ctx.save_for_backward(x)
         ctx.eps = eps
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        tiles, constants = _cut(x)
-        strides, x_unit = in_units(x)
-        unit_kernel[(tiles,)](x, y, x.shape[1], eps, *strides, X_UNIT=x_unit, **constants)
+
+        def make() -> Launch:
+            tiles, constants = _cut(x)
+            strides, units = _strides(X_UNIT=x)
+            return Launch(unit_kernel, tiles, [x.shape[1], eps, *strides], **units, **constants)
+
+        alike("unit", eps, x).once("forward", make)(x, y)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        from seqpar.kernels.launch import Launch, alike
         from seqpar.kernels.norm_kernels import unit_backward_kernel
 
         (x,) = ctx.saved_tensors
         dy = dense(dy)
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        tiles, constants = _cut(x)
-        (x_strides, x_unit), (y_strides, y_unit) = in_units(x), in_units(dy)
-        unit_backward_kernel[(tiles,)](
-            x,
-            dy,
-            dx,
-            x.shape[1],
-            ctx.eps,
-            *x_strides,
-            *y_strides,
-            X_UNIT=x_unit,
-            Y_UNIT=y_unit,
-            **constants,
-        )
+
+        def make() -> Launch:
+            tiles, constants = _cut(x)
+            strides, units = _strides(X_UNIT=x, Y_UNIT=dy)
+            numbers = [x.shape[1], ctx.eps, *strides]
+            return Launch(unit_backward_kernel, tiles, numbers, **units, **constants)
+
+        alike("unit", ctx.eps, x, dy).once("backward", make)(x, dy, dx)
         return dx, None
+
+
+def _strides(**tensors: Tensor) -> tuple[list[int], dict[str, int]]:
+    """The strides of all, one after the other, and their units by name."""
+    found = {name: in_units(x) for name, x in tensors.items()}
+    strides = [stride for each, _ in found.values() for stride in each]
+    return strides, {name: unit for name, (_, unit) in found.items()}
 
 
 def _unfit(x: Tensor) -> str | None:
