@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_gpu_kernels import Inputs, differentiate, error
+from gpu_checks import Inputs, differentiate, error, hold
 from torch import Tensor
 
 import seqpar
@@ -91,29 +91,15 @@ def specification(**given: Any) -> Tensor:
     return seqpar.delta_attention(**given)  # fp64 takes the chunked PyTorch form
 
 
+def by_triton(**given: Any) -> Tensor:
+    with forced():
+        return seqpar.delta_attention(**given)
+
+
 def check(decay: str, dtype: torch.dtype, size: tuple[int, ...], nats: float) -> None:
     given = inputs(decay, size, nats)
-    make = torch.Generator(DEVICE).manual_seed(1)
-    do = torch.randn(given["v"].shape, device=DEVICE, generator=make)
-    do = (do * 4).round().double() / 4
-    right = differentiate(specification, given, torch.float64, do)
-    with forced():
-        found = differentiate(seqpar.delta_attention, given, dtype, do)
-        again = differentiate(seqpar.delta_attention, given, dtype, do)
-    usual = dict.fromkeys(right, USUAL[dtype])
-    if size[0] <= 300:
-        usual = {
-            name: error(x, right[name]) if right[name].any() else 0.0
-            for name, x in differentiate(plain, given, dtype, do).items()
-        }
-    for name, x in found.items():
-        assert torch.equal(x, again[name]), f"{name} differs between two runs"
-        if name == "log_decay" and size[0] == 1:  # no state to decay: a difference of equals
-            assert x.abs().max() < 1e-6 * (found["q"] * given["q"]).abs().max()
-            continue
-        off, bound = error(x, right[name]), max(2 * usual[name], LEAST[dtype])
-        print(f"{decay} {dtype} {size} {nats} {name}: {off:.1e}, plain {usual[name]:.1e}")
-        assert off <= bound, f"{name}: {off:.2e} is above {bound:.2e}"
+    usual, least = USUAL[dtype], LEAST[dtype]
+    hold(by_triton, plain, specification, given, dtype, usual, least=lambda name: least)
 
 
 # tokens, heads, values' heads a head, K, V
@@ -201,10 +187,7 @@ def test_packed_documents_are_apart(decay: str) -> None:
     cuts = [0, 1, 64, 200, 263, 700]
     layout = seqpar.Layout(700, 1, cu_seqlens=cuts)
     sp = seqpar.SequenceParallel(layout=layout, segment_tokens=128)
-    with forced():
-        found = differentiate(
-            lambda **x: seqpar.delta_attention(**x, sp=sp), given, torch.bfloat16, do
-        )
+    found = differentiate(lambda **x: by_triton(**x, sp=sp), given, torch.bfloat16, do)
     for start, stop in pairwise(cuts):
         here = {name: x[:, start:stop] for name, x in given.items()}
         right = differentiate(seqpar.delta_attention, here, torch.float64, do[:, start:stop])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_gpu_kernels import Inputs, differentiate, error
+from gpu_checks import Inputs, differentiate, error, hold
 from torch import Tensor
 
 import seqpar
@@ -101,26 +101,12 @@ def by_triton(**given: Tensor) -> Tensor:
 
 
 def check(dtype: torch.dtype, size: tuple[int, ...], nats: float) -> None:
-    given = inputs(size, nats)
-    do = (torch.randn_like(given["v"]) * 4).round().double() / 4
-    right = differentiate(specification, given, torch.float64, do)
-    found = differentiate(by_triton, given, dtype, do)
-    again = differentiate(by_triton, given, dtype, do)
-    usual = dict.fromkeys(right, USUAL[dtype])
-    if size[0] <= 300:
-        usual = {
-            name: error(x, right[name]) if right[name].any() else 0.0
-            for name, x in differentiate(plain, given, dtype, do).items()
-        }
-    for name, x in found.items():
-        assert torch.equal(x, again[name]), f"{name} differs between two runs"
-        if name in GATES and size[0] == 1:  # no state to read or to decay
-            assert x.abs().max() < 1e-6 * (found["q"] * given["q"]).abs().max()
-            continue
-        least = (LEAST_OF_DECAYS if name == "log_decay" else LEAST)[dtype]
-        off, bound = error(x, right[name]), max(2 * usual[name], least)
-        print(f"{dtype} {size} {nats} {name}: {off:.1e}, plain {usual[name]:.1e}")
-        assert off <= bound, f"{name}: {off:.2e} is above {bound:.2e}"
+    def least(name: str) -> float:
+        return (LEAST_OF_DECAYS if name == "log_decay" else LEAST)[dtype]
+
+    hold(
+        by_triton, plain, specification, inputs(size, nats), dtype, USUAL[dtype], least, idle=GATES
+    )
 
 
 # tokens, heads, values' heads a head, K, V

@@ -3,12 +3,12 @@
 The bound is twice the error of the same formula in plain PyTorch on the same inputs and dtype.
 """
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from gpu_checks import Inputs, differentiate, error, hold
 from torch import Tensor
 
 import seqpar
@@ -22,24 +22,23 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
+DEVICE = "cuda"
 WIDTHS = {"none": None, "scalar": 1, "diagonal": -1}
-GATES = ("log_decay", "beta")
-Inputs = dict[str, Tensor]
 
 
 def inputs(decay: str, size: tuple[int, ...], nats: float) -> Inputs:
     """fp64 on the GPU, exact in bf16 and fp16; gates exact in fp32."""
     tokens, heads, groups, K, V = size
-    make = torch.Generator("cuda").manual_seed(tokens * 1000 + K + V)
+    make = torch.Generator(DEVICE).manual_seed(tokens * 1000 + K + V)
 
     def randn(*shape: int) -> Tensor:
-        x = torch.randn(1, tokens, *shape, device="cuda", generator=make)
+        x = torch.randn(1, tokens, *shape, device=DEVICE, generator=make)
         return (x * 8).round().clamp(-31, 31).double() / 8  # few bits: exact in every dtype
 
     found = {"q": randn(heads, K), "k": randn(heads, K) / 16, "v": randn(heads * groups, V)}
     if WIDTHS[decay] is not None:
         shape = (1, tokens, heads * groups, *([K] if decay == "diagonal" else []))
-        spread = torch.rand(shape, device="cuda", generator=make)
+        spread = torch.rand(shape, device=DEVICE, generator=make)
         span = torch.tensor(nats * 1e4).log10().item()
         found["log_decay"] = -(10 ** (spread * span - 4)).float().double()
     return found
@@ -66,27 +65,6 @@ def plain(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None) -> T
     return ((scores * k.shape[-1] ** -0.5) @ v).transpose(1, 2)
 
 
-def differentiate(
-    function: Callable[..., Tensor], given: Inputs, dtype: torch.dtype, do: Tensor
-) -> Inputs:
-    """o and the gradient of each input, in fp64; gates stay fp32."""
-    leaves = {
-        name: x.to(torch.promote_types(dtype, torch.float32) if name in GATES else dtype)
-        for name, x in given.items()
-    }
-    leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
-    o = function(**leaves)
-    gradients = torch.autograd.grad(o, list(leaves.values()), do.to(o.dtype))
-    found = {"o": o.detach(), **dict(zip(leaves, gradients, strict=True))}
-    return {name: x.double() for name, x in found.items()}
-
-
-def error(x: Tensor, right: Tensor) -> float:
-    assert torch.isfinite(x).all()
-    assert right.norm() > 0
-    return ((x - right).norm() / right.norm()).item()
-
-
 def specification(**given: Any) -> Tensor:
     """The token loop up to 300 tokens, its chunked form in fp64 (held against it) beyond."""
     if given["q"].shape[1] <= 300:
@@ -95,27 +73,13 @@ def specification(**given: Any) -> Tensor:
 
 
 def check(decay: str, dtype: torch.dtype, size: tuple[int, ...], nats: float) -> None:
+    usual = {torch.float32: 3e-6, torch.float16: 5e-4}.get(dtype, 3e-3)
+    # few tokens' sums can be exact by chance in fp32: allow what four of its roundings make
+    least = 4 * torch.finfo(torch.float32).eps if dtype == torch.float32 else 0.0
     given = inputs(decay, size, nats)
-    do = (torch.randn_like(given["v"]) * 4).round().double() / 4
-    right = differentiate(specification, given, torch.float64, do)
-    found = differentiate(seqpar.linear_attention, given, dtype, do)
-    again = differentiate(seqpar.linear_attention, given, dtype, do)
-    usual = dict.fromkeys(right, {torch.float32: 3e-6, torch.float16: 5e-4}.get(dtype, 3e-3))
-    if size[0] <= 300:
-        usual = {
-            name: error(x, right[name]) if right[name].any() else 0.0
-            for name, x in differentiate(plain, given, dtype, do).items()
-        }
-    for name, x in found.items():
-        assert torch.equal(x, again[name]), f"{name} differs between two runs"
-        if name == "log_decay" and size[0] == 1:  # no state to decay: q dq - k dk, equal
-            assert x.abs().max() < 1e-6 * (found["q"] * given["q"]).abs().max()
-            continue
-        # few tokens' sums can be exact by chance in fp32: allow what four of its roundings make
-        least = 4 * torch.finfo(torch.float32).eps if dtype == torch.float32 else 0.0
-        off, bound = error(x, right[name]), max(2 * usual[name], least)
-        print(f"{decay} {dtype} {size} {nats} {name}: {off:.1e}, plain {usual[name]:.1e}")
-        assert off <= bound, f"{name}: {off:.2e} is above {bound:.2e}"
+    hold(
+        seqpar.linear_attention, plain, specification, given, dtype, usual, least=lambda name: least
+    )
 
 
 # tokens, heads, values' heads a head, K, V
@@ -192,7 +156,7 @@ def test_64k_tokens_equal_the_chunked_form_in_fp64(decay: str) -> None:
 
 def test_a_constant_decay_gets_its_gradient() -> None:
     given = inputs("none", (300, 16, 1, 128, 128), 0)
-    given["log_decay"] = -torch.logspace(-3, 0, 16, device="cuda").float().double()
+    given["log_decay"] = -torch.logspace(-3, 0, 16, device=DEVICE).float().double()
     do = torch.randn_like(given["v"])
     right = differentiate(specification, given, torch.float64, do)
     usual = differentiate(plain, given, torch.bfloat16, do)
@@ -201,8 +165,8 @@ def test_a_constant_decay_gets_its_gradient() -> None:
 
 
 def test_which_kernels_run() -> None:
-    x = torch.zeros(1, 4, 1, 16, device="cuda", dtype=torch.bfloat16)
+    x = torch.zeros(1, 4, 1, 16, device=DEVICE, dtype=torch.bfloat16)
     assert isinstance(choose_linear(x, x, []), TritonLinear)
     assert choose_linear(x.double(), x.double(), []) is LINEAR
-    wide = torch.zeros(1, 4, 1, 300, device="cuda")
+    wide = torch.zeros(1, 4, 1, 300, device=DEVICE)
     assert choose_linear(wide, wide, [wide]) is DECAYED_LINEAR
