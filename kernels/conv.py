@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from seqpar.kernels.strides import dense, in_units
+from seqpar.kernels.tuned import ceil_div, processors
 
 WIDEST = 8
 """Taps that the Triton kernels keep in registers."""
@@ -55,7 +56,7 @@ class Convolution:
             strides, unit = in_units(x)
             return Launch(
                 conv_kernel,
-                programs * -(-len(weight) // block),
+                programs * ceil_div(len(weight), block),
                 [*self._sizes(x), *strides],
                 X_UNIT=unit,
                 **self._constants(x, halo, weight, bias),
@@ -65,7 +66,7 @@ class Convolution:
                 num_warps=1,
             )
 
-        kind = "conv", self.silu, self.ranges, halo is None, bias is None, self.seen is None
+        kind = self._kind(halo, bias)
         alike(*kind, *inputs).once("forward", make)(*inputs, y)
         return y
 
@@ -92,7 +93,7 @@ class Convolution:
             (x_strides, x_unit), (y_strides, y_unit) = in_units(x), in_units(dy)
             return Launch(
                 conv_backward_kernel,
-                programs * -(-channels // block),
+                programs * ceil_div(channels, block),
                 [*self._sizes(x), *x_strides, *y_strides],
                 X_UNIT=x_unit,
                 Y_UNIT=y_unit,
@@ -103,7 +104,7 @@ class Convolution:
                 num_warps=1,
             )
 
-        kind = "conv", self.silu, self.ranges, halo is None, bias is None, self.seen is None
+        kind = self._kind(halo, bias)
         launch = alike(*kind, *inputs).once("backward", make)
         launch(*inputs, dx, dx if d_halo is None else d_halo, sums)
         total = sums.sum(0)
@@ -122,6 +123,11 @@ class Convolution:
             weight if bias is None else bias.contiguous(),
             x if self.seen is None else self.seen,
         )
+
+    def _kind(self, halo: Tensor | None, bias: Tensor | None) -> tuple[object, ...]:
+        """All that calls alike share beside the form of their tensors."""
+        missing = halo is None, bias is None, self.seen is None
+        return "conv", self.silu, self.ranges, *missing
 
     def _sizes(self, x: Tensor) -> tuple[int, int]:
         return x.shape[0], x.shape[1] // self.ranges
@@ -146,14 +152,12 @@ class Convolution:
 
         At most `most`, and few enough for 16 programs a multiprocessor.
         """
-        from seqpar.kernels.tuned import processors
-
         batch, tokens, heads, dim = x.shape
-        blocks = -(-heads * dim // block)
+        blocks = ceil_div(heads * dim, block)
         rows = most
         while rows > 16 and batch * tokens * blocks < 16 * processors(x.device) * rows:
             rows //= 2
-        return batch * self.ranges * -(-tokens // self.ranges // rows), rows
+        return batch * self.ranges * ceil_div(tokens // self.ranges, rows), rows
 
     def _plain(self, x: Tensor, halo: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
         reach = weight.shape[1] - 1

@@ -13,12 +13,20 @@ from torch import Tensor
 
 from seqpar.kernels import frames, tables
 from seqpar.kernels.launch import Launch, plan
-from seqpar.kernels.passes import Passes, Traces, is_for_hopper, products, ungroup
+from seqpar.kernels.passes import Passes, Traces, is_for_hopper, operand_dtype, products, ungroup
 from seqpar.kernels.pieces import Late, Pieces
 from seqpar.kernels.state_kernels import fold_kernel, gate_kernel, scan_kernel
 from seqpar.kernels.strides import dense
 from seqpar.kernels.transition import Decay, Identity, Transition
-from seqpar.kernels.tuned import BLOCK, ceil_div, fold_config, padded, piece_tokens, run_config
+from seqpar.kernels.tuned import (
+    BLOCK,
+    HOPPER_WIDTHS,
+    ceil_div,
+    fold_config,
+    padded,
+    piece_tokens,
+    run_config,
+)
 
 
 @dataclass(frozen=True)
@@ -58,10 +66,10 @@ class TritonLinear:
         if self.decay != "diagonal":
             hopper = calls.once("hopper", lambda: scale > 0 and is_for_hopper(q, k, v))
         else:
-            fits = scale > 0 and k.shape[3] in (64, 128)
+            fits = scale > 0 and k.shape[3] in HOPPER_WIDTHS
             hopper = calls.once("hopper", lambda: fits and is_for_hopper(v))
             chunk = 64 if hopper else run_config(k.shape[3], v.shape[3], v.dtype).chunk
-            operand = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+            operand = operand_dtype(q.dtype)
             found = frames.enter(q, k, gate, pieces, BLOCK[self.decay], chunk, operand, calls)
             q, k = found.q, found.k
         passes = Passes(self.decay, pieces, calls, hopper, chunk, gate, found)

@@ -14,29 +14,26 @@ import torch
 from torch import Tensor
 
 from seqpar.kernels import frames
-from seqpar.kernels.chunked import scan
 from seqpar.kernels.delta_back_kernels import keys_kernel
 from seqpar.kernels.launch import Launch, plan
-from seqpar.kernels.passes import Passes, is_for_hopper, ungroup
+from seqpar.kernels.passes import Passes, is_for_hopper, operand_dtype, ungroup
 from seqpar.kernels.pieces import Late, Pieces
 from seqpar.kernels.strides import dense
-from seqpar.kernels.transition import Dense, Transition
-from seqpar.kernels.tuned import BLOCK, ceil_div, delta_piece_tokens, run_config, walk_config
-from seqpar.kernels.walks import PART, Walks
+from seqpar.kernels.tuned import (
+    BLOCK,
+    HOPPER_WIDTHS,
+    ceil_div,
+    run_config,
+    walk_config,
+)
+from seqpar.kernels.walks import PART, WalkFamily, Walks
 
 
 @dataclass(frozen=True)
-class TritonDelta:
+class TritonDelta(WalkFamily):
     """Implements `seqpar.kernels.family.Family`: gates beta and, if decayed, log_decay."""
 
     decayed: bool
-
-    @property
-    def transition(self) -> Transition:
-        return Dense()
-
-    def piece_tokens(self, k: Tensor, v: Tensor) -> int | None:
-        return delta_piece_tokens(v.shape[1], v.shape[0] * v.shape[2], v.device)
 
     def prepare(
         self,
@@ -52,8 +49,8 @@ class TritonDelta:
         beta, gate = gates[0], dense(gates[1]) if self.decayed else k
         calls = plan(pieces, "delta", self.decayed, scale, q, k, v, beta, gate)
         decay, found, chunk, plus = "diagonal" if self.decayed else "none", None, 64, k
-        operand = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
-        fits = k.shape[3] in (64, 128) and (self.decayed or is_for_hopper(q, k))
+        operand = operand_dtype(q.dtype)
+        fits = k.shape[3] in HOPPER_WIDTHS and (self.decayed or is_for_hopper(q, k))
         hopper = calls.once("hopper", lambda: fits and is_for_hopper(v))
         if self.decayed:
             chunk = 64 if hopper else run_config(k.shape[3], v.shape[3], v.dtype).chunk
@@ -61,18 +58,6 @@ class TritonDelta:
             q, k, plus = found.q, found.k, found.plus
         passes = Passes(decay, pieces, calls, hopper, chunk, gate, found)
         return _Prepared(passes, scale, operand, given, q, plus, k, None, v, beta)
-
-    def scan(
-        self,
-        A: Tensor,
-        B: Tensor,
-        pieces: Pieces,
-        arriving: Tensor,
-        states: Tensor | None,
-        *,
-        backwards: bool,
-    ) -> Tensor:
-        return scan(self.transition, A, B, pieces, arriving, states, backwards=backwards)
 
 
 class _Prepared(Walks):

@@ -12,28 +12,19 @@ import torch
 from torch import Tensor
 
 from seqpar.kernels import frames
-from seqpar.kernels.chunked import scan
 from seqpar.kernels.dplr_kernels import pairs_kernel
 from seqpar.kernels.frames import Frames
 from seqpar.kernels.launch import Launch, plan
-from seqpar.kernels.passes import Passes, Traces, products, ungroup
+from seqpar.kernels.passes import Passes, Traces, operand_dtype, products, ungroup
 from seqpar.kernels.pieces import Late, Pieces
 from seqpar.kernels.strides import dense
-from seqpar.kernels.transition import Dense, Transition
-from seqpar.kernels.tuned import BLOCK, ceil_div, delta_piece_tokens, dplr_config
-from seqpar.kernels.walks import PART, Walks
+from seqpar.kernels.tuned import BLOCK, ceil_div, dplr_config
+from seqpar.kernels.walks import PART, WalkFamily, Walks
 
 
 @dataclass(frozen=True)
-class TritonDPLR:
+class TritonDPLR(WalkFamily):
     """Implements `seqpar.kernels.family.Family`: gates a, b and log_decay, [B, T, HV, K] each."""
-
-    @property
-    def transition(self) -> Transition:
-        return Dense()
-
-    def piece_tokens(self, k: Tensor, v: Tensor) -> int | None:
-        return delta_piece_tokens(v.shape[1], v.shape[0] * v.shape[2], v.device)
 
     def prepare(
         self,
@@ -48,7 +39,7 @@ class TritonDPLR:
         a, b, gate = map(dense, gates)
         inputs = dense(q), dense(k)
         calls = plan(pieces, "dplr", scale, *inputs, v, a, b, gate)
-        operand = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+        operand = operand_dtype(q.dtype)
         kept = gate, pieces, BLOCK["diagonal"], PART, operand, calls
         outer = frames.enter(inputs[0], inputs[1], *kept)
         inner = frames.enter(a, b, *kept, beside=outer)
@@ -56,18 +47,6 @@ class TritonDPLR:
         beta = calls.once("beta", lambda: -torch.ones(1, device=v.device)).expand(v.shape[:3])
         made = outer.q, inner.q, inner.k, outer.k, v, beta
         return _Prepared(passes, scale, operand, (q, k, *gates), *made, outer, inner)
-
-    def scan(
-        self,
-        A: Tensor,
-        B: Tensor,
-        pieces: Pieces,
-        arriving: Tensor,
-        states: Tensor | None,
-        *,
-        backwards: bool,
-    ) -> Tensor:
-        return scan(self.transition, A, B, pieces, arriving, states, backwards=backwards)
 
 
 @dataclass(slots=True)

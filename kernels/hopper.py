@@ -11,16 +11,16 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from seqpar.kernels.hopper_kernels import run_hopper_kernel
 from seqpar.kernels.launch import Launch
 from seqpar.kernels.passes import Pass
+from seqpar.kernels.tuned import HOPPER_WIDTHS
 
 CHUNK = 64
-WIDTHS = (64, 128)
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 
 
 def fits(*operands: Tensor) -> bool:
     """Whether the kernel takes these: bf16, heads of 64 or 128 channels."""
     return operands[0].dtype == torch.bfloat16 and all(
-        x.shape[-1] in WIDTHS and _is_matrix(x) for x in operands
+        x.shape[-1] in HOPPER_WIDTHS and _is_matrix(x) for x in operands
     )
 
 

@@ -47,18 +47,21 @@ def plan(pieces: Pieces, *kind: object) -> Once:
 
     A form is the type, shape, strides and alignment.
     """
-    key = tuple(_form(x) if isinstance(x, Tensor) else x for x in kind)
-    return pieces.once(key, Once)
+    return pieces.once(_key(kind), Once)
 
 
 def alike(*kind: object) -> Once:
     """The same for calls that have no pieces; of the kinds that were met last."""
-    return _kept(tuple(_form(x) if isinstance(x, Tensor) else x for x in kind))
+    return _kept(_key(kind))
 
 
 @lru_cache(256)
 def _kept(key: tuple[object, ...]) -> Once:
     return Once()
+
+
+def _key(kind: Sequence[object]) -> tuple[object, ...]:
+    return tuple(_form(x) if isinstance(x, Tensor) else x for x in kind)
 
 
 def _form(x: Tensor) -> tuple[object, ...]:

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from seqpar.kernels.choose import uses_triton
 from seqpar.kernels.strides import dense, in_units
+from seqpar.kernels.tuned import ceil_div, processors
 
 WIDEST = 1024
 """Channels of a head that the Triton kernels hold in registers."""
@@ -80,7 +81,6 @@ class _GatedNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         from seqpar.kernels.launch import Launch, alike
         from seqpar.kernels.norm_kernels import gated_norm_backward_kernel
-        from seqpar.kernels.tuned import processors
 
         x, gate, weight = ctx.saved_tensors
         dy = dense(dy)
@@ -168,5 +168,5 @@ def _cut(x: Tensor) -> tuple[int, dict[str, int]]:
     batch, tokens, heads, dim = x.shape
     cols = 1 << (dim - 1).bit_length()
     rows = max(4, 2048 // cols)
-    tiles = batch * -(-tokens * heads // rows)
+    tiles = batch * ceil_div(tokens * heads, rows)
     return tiles, {"HEADS": heads, "DIM": dim, "ROWS": rows, "COLS": cols, "num_warps": 4}

@@ -244,6 +244,11 @@ def ungroup(dx: Tensor, x: Tensor) -> Tensor:
     return dx.unflatten(2, (x.shape[2], -1)).sum(3)
 
 
+def operand_dtype(dtype: torch.dtype) -> torch.dtype:
+    """`products`' first as PyTorch has it, for what is kept in memory to be an operand."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
 def products(dtype: torch.dtype) -> tuple[tl.dtype, str]:
     """What products are formed in. fp16 could hold neither the state nor a frame's factors.
 

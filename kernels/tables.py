@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from seqpar.kernels.pieces import Pieces
+from seqpar.kernels.tuned import ceil_div
 
 
 def piece_rows(pieces: Pieces, block: int, chunk: int, like: Tensor) -> Tensor:
@@ -20,12 +21,12 @@ def piece_rows(pieces: Pieces, block: int, chunk: int, like: Tensor) -> Tensor:
         left = {piece: slot for slot, piece in enumerate(pieces.left)}
         blocks = saved = chunks = 0
         for i, (start, stop) in enumerate(pieces.spans):
-            here = _count(start, stop, block)
+            here = ceil_div(stop - start, block)
             keeps = here if i in left else here - 1  # λ is zero at an end that no state leaves
             slots = entered.get(i, -1), left.get(i, -1)
             yield start, stop - start, *slots, blocks, saved, saved + keeps, chunks
             blocks, saved = blocks + here, saved + keeps
-            chunks += _count(start, stop, chunk)
+            chunks += ceil_div(stop - start, chunk)
 
     return pieces.table(("pieces", block, chunk), rows, like.device)
 
@@ -39,7 +40,7 @@ def summary_rows(pieces: Pieces, backwards: bool, chunk: int, like: Tensor) -> T
         for i, (start, stop) in enumerate(pieces.spans):
             if i in wanted:
                 yield start, stop - start, chunks, i
-            chunks += _count(start, stop, chunk)
+            chunks += ceil_div(stop - start, chunk)
 
     return pieces.table(("summaries", backwards, chunk), rows, like.device)
 
@@ -53,7 +54,7 @@ def cut_rows(pieces: Pieces, size: int, chunk: int, like: Tensor) -> Tensor:
             for first in range(start, stop, size):
                 last = min(first + size, stop)
                 yield first, last - first, chunks
-                chunks += _count(first, last, chunk)
+                chunks += ceil_div(last - first, chunk)
 
     return pieces.table(("parts", size, chunk), rows, like.device)
 
@@ -68,11 +69,7 @@ def saves(pieces: Pieces, block: int) -> int:
     """How many states are saved: one at each end of a block that λ reaches."""
 
     def count() -> int:
-        blocks = sum(_count(start, stop, block) for start, stop in pieces.spans)
+        blocks = sum(ceil_div(stop - start, block) for start, stop in pieces.spans)
         return blocks - len(pieces.spans) + len(pieces.left)
 
     return pieces.once(("saves", block), count)
-
-
-def _count(start: int, stop: int, size: int) -> int:
-    return -(-(stop - start) // size)

@@ -7,6 +7,8 @@ import torch
 
 # tokens between the states that the gradient of the decays needs (see decay_kernels.py)
 BLOCK = {"none": 1024, "scalar": 1024, "diagonal": 512}
+# channels of a head that Hopper's own run kernel takes
+HOPPER_WIDTHS = (64, 128)
 
 
 @dataclass(frozen=True)

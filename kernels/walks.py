@@ -10,13 +10,39 @@ import torch
 from torch import Tensor
 
 from seqpar.kernels import tables
+from seqpar.kernels.chunked import scan
 from seqpar.kernels.delta_back_kernels import walk_back_kernel
 from seqpar.kernels.delta_kernels import STEP, solve_kernel, walk_kernel
 from seqpar.kernels.launch import Launch
 from seqpar.kernels.passes import Passes, products
-from seqpar.kernels.tuned import Config, ceil_div, dplr_config, walk_config
+from seqpar.kernels.pieces import Pieces
+from seqpar.kernels.transition import Dense, Transition
+from seqpar.kernels.tuned import Config, ceil_div, delta_piece_tokens, dplr_config, walk_config
 
 PART: int = STEP.value
+
+
+class WalkFamily:
+    """Implements `seqpar.kernels.family.Family` but for `prepare`."""
+
+    @property
+    def transition(self) -> Transition:
+        return Dense()
+
+    def piece_tokens(self, k: Tensor, v: Tensor) -> int | None:
+        return delta_piece_tokens(v.shape[1], v.shape[0] * v.shape[2], v.device)
+
+    def scan(
+        self,
+        A: Tensor,
+        B: Tensor,
+        pieces: Pieces,
+        arriving: Tensor,
+        states: Tensor | None,
+        *,
+        backwards: bool,
+    ) -> Tensor:
+        return scan(self.transition, A, B, pieces, arriving, states, backwards=backwards)
 
 
 @dataclass(slots=True)

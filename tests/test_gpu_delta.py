@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_checks import Inputs, differentiate, error, hold
+from gpu_checks import SIZES, Inputs, differentiate, error, hold
 from torch import Tensor
 
 import seqpar
@@ -100,22 +100,6 @@ def check(decay: str, dtype: torch.dtype, size: tuple[int, ...], nats: float) ->
     given = inputs(decay, size, nats)
     usual, least = USUAL[dtype], LEAST[dtype]
     hold(by_triton, plain, specification, given, dtype, usual, least=lambda name: least)
-
-
-# tokens, heads, values' heads a head, K, V
-SIZES = [
-    (1, 2, 1, 128, 128),
-    (63, 2, 1, 128, 128),
-    (300, 2, 2, 128, 128),
-    (300, 2, 1, 64, 128),
-    (300, 2, 1, 128, 64),
-    (257, 1, 2, 64, 64),
-    (200, 1, 1, 16, 16),
-    (200, 1, 2, 32, 32),
-    (150, 1, 1, 96, 40),
-    (150, 1, 1, 256, 256),
-    (5000, 2, 1, 128, 128),
-]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

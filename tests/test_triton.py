@@ -4,12 +4,12 @@ import math
 import os
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from harness import assert_close, run_ranks
+from family_checks import check_functions, check_two_ranks
+from harness import assert_close
 from torch import Tensor
 
 import seqpar
@@ -51,6 +51,11 @@ def inputs(
     return q, k, v, [-(10 ** (torch.rand(shape) * span - 4)).double()]
 
 
+def as_decays(decay: str, gates: list[Tensor]) -> list[Tensor]:
+    """The gates as public functions take them."""
+    return [gate.squeeze(-1) if decay == "scalar" else gate for gate in gates]
+
+
 # decay, cuts, heads of q and v, K, V, batch, nats
 CASES = [
     ("none", (0, 150), (1, 1), 16, 32, 1, 0.1),
@@ -70,60 +75,16 @@ def test_every_function_equals_the_token_loop(case: tuple) -> None:
     """Outputs, leaving state, all gradients, for pieces with states entering and leaving."""
     decay, cuts, (heads, value_heads), K, V, batch, nats = case
     q, k, v, gates = inputs(decay, cuts[-1], heads, value_heads, K, V, batch, nats)
-    entering = torch.randn(batch, value_heads, K, V).double()
-    leaves = [x.requires_grad_() for x in (q, k, v, *gates, entering)]
-    decays = [gate.squeeze(-1) if decay == "scalar" else gate for gate in gates]
-    o, leaving = reference.linear_attention(q, k, v, *decays, scale=0.3, initial_state=entering)
-    do, d_leaving = torch.randn_like(o).float(), torch.randn_like(leaving).float()
-    expected = torch.autograd.grad((o * do).sum() + (leaving * d_leaving).sum(), leaves)
-
-    count = len(cuts) - 1
-    pieces = Pieces(list(pairwise(cuts)), [True] * count, [True] * count, [(0, count)])
-    q, k, v, entering, *gates = (x.detach().float() for x in (q, k, v, entering, *gates))
-    family = choose_linear(k, v, gates)
-    assert type(family).__name__ == "TritonLinear"
-    # fp32 running sums of strong decays are rounded at 1e3 nats: 6e-5
-    bound = 5e-5 if nats > 1 else 1e-5
-    states, adjoints = (torch.empty(batch, count, value_heads, K, V) for _ in range(2))
-    prepared = family.prepare(q, k, v, gates, 0.3, pieces)
-    A, B = prepared.summarize()
-    found = family.scan(A, B, pieces, entering[:, None], states, backwards=False)
-    assert_close("S", found[:, 0], leaving, bound)
-    assert_close("o", prepared.run(lambda: states), o, bound)
-    A, B = prepared.summarize_backward(do)
-    found = family.scan(A, B, pieces, d_leaving[:, None], adjoints, backwards=True)
-    assert_close("dS", found[:, 0], expected[-1], bound)
-    gradients = prepared.run_backward(states, do, lambda: adjoints, [True] * len(gates))
-    names = ["dq", "dk", "dv", "d_gate"]
-    for name, x, right in zip(names, gradients, expected, strict=False):
-        assert x is not None
-        assert_close(name, x, right, bound)
+    given = q, k, v, *as_decays(decay, gates)
+    check_functions(reference.linear_attention, choose_linear, "TritonLinear", given, cuts, nats)
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("decay", WIDTHS)
 def test_packed_documents_on_two_ranks_equal_the_token_loop(decay: str, kind: str) -> None:
-    documents = [0, 1, 30, 110, 120, 140, 192]
     q, k, v, gates = inputs(decay, 192, 1, 2, 16, 16, 1, 1)
-    gates = [gate.squeeze(-1) if decay == "scalar" else gate for gate in gates]
-    leaves = [x.requires_grad_() for x in (q, k, v, *gates)]
-    o, _ = reference.linear_attention(q, k, v, *gates, cu_seqlens=documents)
-    do = torch.randn_like(o)
-    expected = [o.detach(), *torch.autograd.grad((o * do).sum(), leaves)]
-    layout = seqpar.Layout(192, 2, kind, documents)
-
-    def work(rank: int) -> list[Tensor]:
-        sp = seqpar.SequenceParallel(layout=layout, segment_tokens=64)
-        local = [layout.shard(x.detach(), rank).float().requires_grad_() for x in leaves]
-        q, k, v, *gates = local
-        o = seqpar.linear_attention(q, k, v, gates[0] if gates else None, sp=sp)
-        grads = torch.autograd.grad(o, local, layout.shard(do, rank).float())
-        return [o.detach(), *grads]
-
-    for rank, results in enumerate(run_ranks(work, 2)):
-        for i, (result, whole) in enumerate(zip(results, expected, strict=True)):
-            wanted = layout.shard(whole, rank)
-            assert_close(f"{i} on rank {rank}", result, wanted, 1e-5, whole=whole)
+    given = q, k, v, *as_decays(decay, gates)
+    check_two_ranks(reference.linear_attention, seqpar.linear_attention, given, kind)
 
 
 def test_slices_of_a_packed_projection_and_a_constant_decay_need_no_copies() -> None:

@@ -5,19 +5,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from harness import assert_close, run_ranks
+from family_checks import check_chain, check_functions, check_two_ranks
+from harness import assert_close
 from torch import Tensor
 
 import seqpar
 from seqpar.kernels import delta_triton, reference
 from seqpar.kernels.choose import choose_delta
-from seqpar.kernels.pieces import Pieces
 from seqpar.kernels.tuned import Config, run_config
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
@@ -73,12 +72,6 @@ CASES = [
 ]
 
 
-def as_gates(given: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """q, k, v and the gates of a family, in fp32."""
-    q, k, v, *gates = (x.detach().float() for x in given)
-    return [q, k, v], [x if x.dim() == 4 else x[..., None] for x in gates]
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_function_equals_the_token_loop(case: tuple) -> None:
     """Outputs, leaving state, all gradients, for pieces with states entering and leaving."""
@@ -95,35 +88,7 @@ def check(
     nats: float,
 ) -> None:
     given = inputs(decay, cuts[-1], heads, K, V, batch, nats)
-    entering = torch.randn(batch, heads[1], K, V).double()
-    leaves = [x.requires_grad_() for x in (*given, entering)]
-    o, leaving = reference.delta_attention(*given, scale=0.3, initial_state=entering)
-    do, d_leaving = torch.randn_like(o).float(), torch.randn_like(leaving).float()
-    expected = torch.autograd.grad((o * do).sum() + (leaving * d_leaving).sum(), leaves)
-
-    count = len(cuts) - 1
-    pieces = Pieces(list(pairwise(cuts)), [True] * count, [True] * count, [(0, count)])
-    (q, k, v), gates = as_gates(given)
-    family = choose_delta(k, v, gates)
-    assert type(family).__name__ == "TritonDelta"
-    # fp32 running sums of strong decays are rounded at 1e3 nats: 6e-5
-    bound = 5e-5 if nats > 1 else 1e-5
-    states, adjoints = (torch.empty(batch, count, heads[1], K, V) for _ in range(2))
-    prepared = family.prepare(q, k, v, gates, 0.3, pieces)
-    A, B = prepared.summarize()
-    arriving = entering.detach().float()[:, None]
-    found = family.scan(A, B, pieces, arriving, states, backwards=False)
-    assert_close("S", found[:, 0], leaving, bound)
-    assert_close("o", prepared.run(lambda: states), o, bound)
-    prepared = family.prepare(q, k, v, gates, 0.3, pieces)
-    A, B = prepared.summarize_backward(do)
-    found = family.scan(A, B, pieces, d_leaving[:, None], adjoints, backwards=True)
-    assert_close("dS", found[:, 0], expected[-1], bound)
-    gradients = prepared.run_backward(states, do, lambda: adjoints, [True] * len(gates))
-    names = ["dq", "dk", "dv", "d_beta", "d_log_decay"]
-    for name, x, right in zip(names, gradients, expected, strict=False):
-        assert x is not None
-        assert_close(name, x.reshape(right.shape), right, bound)
+    check_functions(reference.delta_attention, choose_delta, "TritonDelta", given, cuts, nats)
 
 
 @pytest.mark.parametrize("case", [CASES[3], CASES[5], CASES[8]], ids=str)
@@ -137,56 +102,14 @@ def test_frames_of_two_steps_as_on_hopper(case: tuple, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("decay", WIDTHS)
 def test_a_sequence_cut_at_random_equals_the_uncut_one(decay: str) -> None:
-    """Through (A, B) of each piece, forwards and backwards."""
-    K, V, tokens = 24, 16, 150
-    given = inputs(decay, tokens, (1, 1), K, V, 1, 3)
-    (q, k, v), gates = as_gates(given)
-    family = choose_delta(k, v, gates)
-    do, start, end = torch.randn_like(v), torch.randn(1, 1, 1, K, V), torch.randn(1, 1, 1, K, V)
-
-    def run(cuts: list[int]) -> list[Tensor]:
-        count = len(cuts) - 1
-        pieces = Pieces(list(pairwise(cuts)), [True] * count, [True] * count, [(0, count)])
-        states, adjoints = (torch.empty(1, count, 1, K, V) for _ in range(2))
-        prepared = family.prepare(q, k, v, gates, 1.0, pieces)
-        maps = prepared.summarize(), prepared.summarize_backward(do)
-        S = family.scan(*maps[0], pieces, start, states, backwards=False)
-        dS = family.scan(*maps[1], pieces, end, adjoints, backwards=True)
-        o = prepared.run(lambda: states)
-        gradients = prepared.run_backward(states, do, lambda: adjoints, [True] * len(gates))
-        totals = [
-            family.transition.total(A, run.summaries)
-            for (A, _), run in zip(maps, (pieces.forward[0], pieces.backward[0]), strict=True)
-        ]
-        return [S, dS, *totals, o, *(x for x in gradients if x is not None)]
-
-    whole = run([0, tokens])
-    assert_close("A and its adjoint", whole[2].mT, whole[3], 1e-5)
-    cuts = sorted(torch.randperm(tokens - 1)[:6].add(1).tolist())
-    for i, (x, right) in enumerate(zip(run([0, *cuts, tokens]), whole, strict=True)):
-        assert_close(str(i), x, right, 1e-5)
+    check_chain(choose_delta, inputs(decay, 150, (1, 1), 24, 16, 1, 3))
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("decay", WIDTHS)
 def test_packed_documents_on_two_ranks_equal_the_token_loop(decay: str, kind: str) -> None:
-    documents = [0, 1, 30, 110, 120, 140, 192]
-    leaves = [x.requires_grad_() for x in inputs(decay, 192, (1, 2), 16, 16, 1, 1)]
-    o, _ = reference.delta_attention(*leaves, cu_seqlens=documents)
-    do = torch.randn_like(o)
-    expected = [o.detach(), *torch.autograd.grad((o * do).sum(), leaves)]
-    layout = seqpar.Layout(192, 2, kind, documents)
-
-    def work(rank: int) -> list[Tensor]:
-        sp = seqpar.SequenceParallel(layout=layout, segment_tokens=64)
-        local = [layout.shard(x.detach(), rank).float().requires_grad_() for x in leaves]
-        o = seqpar.delta_attention(*local, sp=sp)
-        return [o.detach(), *torch.autograd.grad(o, local, layout.shard(do, rank).float())]
-
-    for rank, results in enumerate(run_ranks(work, 2)):
-        for i, (result, whole) in enumerate(zip(results, expected, strict=True)):
-            wanted = layout.shard(whole, rank)
-            assert_close(f"{i} on rank {rank}", result, wanted, 1e-5, whole=whole)
+    given = inputs(decay, 192, (1, 2), 16, 16, 1, 1)
+    check_two_ranks(reference.delta_attention, seqpar.delta_attention, given, kind)
 
 
 def test_slices_of_a_packed_projection_need_no_copies() -> None:
