@@ -30,7 +30,7 @@ class Run:
 
     control: communicator of all ranks, on the host. sequence: of the ranks that share a sequence;
     its traffic is what layers exchange; links: what their exchanges are chosen by, the usual if
-    None. model: Megatron's DDP around the language model.
+    None. model: Megatron's DDP around each of this rank's pipeline stages.
     """
 
     config: Config
@@ -40,7 +40,7 @@ class Run:
     sequence: Communicator
     links: Links | None
     device: torch.device
-    model: DistributedDataParallel
+    model: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
@@ -76,26 +76,26 @@ def build(config: Config, sizes: Sizes, control: Communicator) -> Run:
     torch.manual_seed(config.train.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    module: Any = build_language_model(
-        config.model,
-        model_config,
-        groups,
-        softmax_method=config.parallel.softmax,
-        pre_process=groups.pp.rank() == 0,
-        post_process=groups.pp.rank() == sizes.pipeline - 1,
-    ).to(device)
-    if dtype == torch.bfloat16:
-        module = Float16Module(model_config, module)
     # Gradients are summed in fp32 whatever the model's precision is.
-    model = DistributedDataParallel(
-        model_config,
-        DistributedDataParallelConfig(grad_reduce_in_fp32=True),
-        module,
-        pg_collection=groups,
+    options = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.distributed
     )
-    model.broadcast_params()
+    stages: list[Any] = build_language_model(
+        config.model, model_config, groups, softmax_method=config.parallel.softmax
+    )
+    model = []
+    for index, stage in enumerate(stages):
+        module = stage.to(device)
+        if dtype == torch.bfloat16:
+            module = Float16Module(model_config, module)
+        # only the stage that is done last can overlap its reduction with anything
+        ddp = DistributedDataParallel(
+            model_config, options, module, pg_collection=groups, disable_bucketing=index > 0
+        )
+        ddp.broadcast_params()
+        model.append(ddp)
     optimizer = get_megatron_optimizer(
-        _optimizer_config(config), [model], use_gloo_process_groups=False, pg_collection=groups
+        _optimizer_config(config), model, use_gloo_process_groups=False, pg_collection=groups
     )
     model_config.finalize_model_grads_func = finalize_model_grads
     model_config.grad_scale_func = optimizer.scale_loss

@@ -7,6 +7,8 @@ Megatron names "the GPU of this process" in five ways, each answered once here:
 - the CUDA random state: is the CPU's;
 - synchronisation: there is nothing to wait for;
 - copies to the host on a side stream (the token dispatcher): only the type of the splits changes.
+
+And gloo gathers and scatters only equal parts, where Megatron has unequal ones.
 """
 
 import importlib
@@ -19,9 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqpar.comm import Communicator
+
 # The modules whose functions hold device literals on the paths this project uses.
 _MODULES_WITH_LITERALS = (
     "megatron.core.optimizer.clip_grads",
+    "megatron.core.optimizer.distrib_optimizer",
     "megatron.core.optimizer.optimizer",
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.transformer.moe.moe_utils",
@@ -45,6 +50,7 @@ def install() -> None:
     _rewrite_literals()
     _share_the_random_state()
     _keep_splits_on_the_host()
+    _gather_unequal_parts()
 
 
 def _answer_for_torch_cuda() -> None:
@@ -101,12 +107,40 @@ def _share_the_random_state() -> None:
 def _keep_splits_on_the_host() -> None:
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-    def splits_as_lists(self: Any, point: str, tokens_per_expert: Any = None) -> Any:
+    def splits_as_arrays(self: Any, point: str, tokens_per_expert: Any = None) -> Any:
         for name in ("input_splits", "output_splits", "output_splits_tp"):
             splits = getattr(self, name, None)
             if isinstance(splits, Tensor):
-                setattr(self, name, splits.tolist())
+                setattr(self, name, splits.numpy())
         return tokens_per_expert
 
     MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = "none: there is no GPU"
-    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = splits_as_lists
+    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = splits_as_arrays
+
+
+def _gather_unequal_parts() -> None:
+    from megatron.core.tensor_parallel import mappings
+
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gathered(
+        input_: Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, output_split_sizes, use_global_buffer)
+        comm = Communicator(group)
+        everywhere = torch.cat([input_] * comm.size)
+        return comm.all_to_all(everywhere, [len(input_)] * comm.size, output_split_sizes).wait()
+
+    def scattered(
+        input_: Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return scatter(input_, group, input_split_sizes, use_global_buffer)
+        comm = Communicator(group)
+        own = input_split_sizes[comm.rank]
+        parts = comm.all_to_all(input_, input_split_sizes, [own] * comm.size).wait()
+        return parts.view(comm.size, own, *input_.shape[1:]).sum(0)
+
+    mappings._gather_along_first_dim = gathered
+    mappings._reduce_scatter_along_first_dim = scattered

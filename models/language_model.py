@@ -27,10 +27,11 @@ def build_language_model(
     groups: ProcessGroupCollection,
     *,
     softmax_method: str = "auto",
-    pre_process: bool = True,
-    post_process: bool = True,
-) -> GPTModel:
-    """Build this rank's part of the model: embedding, layers and output layer.
+) -> list[GPTModel]:
+    """Build this rank's part of the model: one GPTModel for each of its pipeline stages.
+
+    That is one, or several where `transformer_config` was given virtual stages. The first stage of
+    all holds the embedding, the last the output layer.
 
     Args:
         model: its shape.
@@ -38,33 +39,35 @@ def build_language_model(
         groups: the process groups; tp, cp, pp and embd, and ep, expt_tp, expt_dp, tp_cp, tp_ep and
             tp_dp_cp for a mixture of experts.
         softmax_method: how keys and values of softmax layers cross ranks.
-        pre_process, post_process: whether this pipeline stage holds the embedding, the output.
 
     Returns:
-        GPTModel; called with labels it gives the loss of each token, fp32 [b, local tokens].
+        the stages in their order; the last one of all, called with labels, gives the loss of each
+        token, fp32 [b, local tokens].
 
     Raises:
-        ValueError: a shape that is not possible, see seqpar.models.config.resolved; interleaved
-            pipelining.
+        ValueError: a shape that is not possible, see seqpar.models.config.resolved.
     """
-    if config.virtual_pipeline_model_parallel_size is not None:
-        raise ValueError(
-            "virtual_pipeline_model_parallel_size="
-            f"{config.virtual_pipeline_model_parallel_size} is not possible; leave it out"
-        )
     layer = hybrid_layer_spec(model, softmax_method)
-    layers = get_num_layers_to_build(config, None, groups.pp.rank())
-    return GPTModel(
-        config=config,
-        transformer_layer_spec=TransformerBlockSubmodules([layer] * layers, RMSNorm),
-        vocab_size=model.vocab_size,
-        max_sequence_length=0,  # bounds learned positions, of which there are none
-        pre_process=pre_process,
-        post_process=post_process,
-        share_embeddings_and_output_weights=model.tie_embeddings,
-        position_embedding_type="none",  # the softmax mixer turns by true positions itself
-        pg_collection=groups,
-    )
+    rank, last = groups.pp.rank(), groups.pp.size() - 1
+    turns = config.virtual_pipeline_model_parallel_size
+    stages = []
+    for turn in range(turns or 1):
+        vp_stage = turn if turns else None
+        layers = get_num_layers_to_build(config, vp_stage, rank)
+        stage = GPTModel(
+            config=config,
+            transformer_layer_spec=TransformerBlockSubmodules([layer] * layers, RMSNorm),
+            vocab_size=model.vocab_size,
+            max_sequence_length=0,  # bounds learned positions, of which there are none
+            pre_process=rank == 0 and turn == 0,
+            post_process=rank == last and turn == (turns or 1) - 1,
+            share_embeddings_and_output_weights=model.tie_embeddings,
+            position_embedding_type="none",  # the softmax mixer turns by true positions itself
+            pg_collection=groups,
+            vp_stage=vp_stage,
+        )
+        stages.append(stage)
+    return stages
 
 
 @dataclass

@@ -61,8 +61,21 @@ class Router(TopKRouter):
         )
 
 
+class Experts(SequentialMLP):
+    """Megatron's experts, one after the other; their gradients go over the experts' own groups.
+
+    Megatron marks them so only with expert parallelism. Without it, but with tensor parallelism
+    that does not cut experts, their gradients would not be summed over the tensor-parallel ranks.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for parameter in self.parameters():
+            parameter.allreduce = False
+
+
 def moe_spec() -> ModuleSpec:
-    """Megatron's MoE layer on its own parallel linear layers, one expert after the other."""
+    """Megatron's MoE layer on its own parallel linear layers."""
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    experts = ModuleSpec(module=SequentialMLP, submodules=linears)
+    experts = ModuleSpec(module=Experts, submodules=linears)
     return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=Router))

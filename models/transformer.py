@@ -1,5 +1,6 @@
 """Megatron-Core's TransformerConfig of a model, for given parallel sizes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ def transformer_config(
     context_parallel: int = 1,
     pipeline_parallel: int = 1,
     expert_parallel: int = 1,
+    expert_tensor_parallel: int = 1,
+    stages: Sequence[int] | None = None,
     sequence_parallel: bool = False,
     dtype: torch.dtype = torch.float32,
     **overrides: Any,
@@ -34,6 +37,10 @@ def transformer_config(
     Args:
         model: the model.
         tensor_parallel, context_parallel, pipeline_parallel, expert_parallel: group sizes.
+        expert_tensor_parallel: ranks that share each expert's matrices.
+        stages: layers of each pipeline stage, in the order of the layers; None for equal ones.
+            Twice (three times, ...) as many stages as pipeline ranks are dealt to them in turn
+            (Megatron's interleaved schedule, virtual stages).
         sequence_parallel: Megatron's sequence parallelism within the tensor-parallel group.
         dtype: of the parameters and activations, float32 or bfloat16.
         **overrides: any other field of TransformerConfig (recompute_granularity, ...).
@@ -48,6 +55,7 @@ def transformer_config(
         "context_parallel": context_parallel,
         "pipeline_parallel": pipeline_parallel,
         "expert_parallel": expert_parallel,
+        "expert_tensor_parallel": expert_tensor_parallel,
     }
     for name, size in sizes.items():
         check_at_least(name, size, 1)
@@ -57,19 +65,23 @@ def transformer_config(
     check_divides(
         "tensor_parallel", tensor_parallel, "model.ffn_hidden_size", model.ffn_hidden_size
     )
-    check_divides("pipeline_parallel", pipeline_parallel, "the layers of model.pattern", layers)
+    if stages is None:
+        check_divides("pipeline_parallel", pipeline_parallel, "the layers of model.pattern", layers)
+    else:
+        _check_stages(stages, pipeline_parallel, layers)
     check_divides("expert_parallel", expert_parallel, "model.num_experts", model.num_experts or 1)
+    check_divides(
+        "expert_tensor_parallel",
+        expert_tensor_parallel,
+        "model.moe_ffn_hidden_size",
+        model.moe_ffn_hidden_size if model.num_experts else 1,
+    )
     if sequence_parallel and tensor_parallel == 1:
         raise ValueError("sequence_parallel=True needs tensor_parallel above 1; set it to False")
     if model.num_experts and tensor_parallel > 1 and not sequence_parallel:
         raise ValueError(
             f"tensor_parallel={tensor_parallel} with model.num_experts={model.num_experts} needs "
             "sequence_parallel=True: Megatron's MoE layer trains with both or neither"
-        )
-    if model.num_experts and tensor_parallel > 1 and expert_parallel == 1:
-        raise ValueError(
-            f"expert_parallel=1 with tensor_parallel={tensor_parallel}: Megatron would not sum the "
-            f"experts' gradients over the tensor-parallel ranks; set it to {tensor_parallel}"
         )
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype={dtype} must be torch.float32 or torch.bfloat16")
@@ -92,7 +104,7 @@ def transformer_config(
         "context_parallel_size": context_parallel,
         "pipeline_model_parallel_size": pipeline_parallel,
         "expert_model_parallel_size": expert_parallel,
-        "expert_tensor_parallel_size": 1,
+        "expert_tensor_parallel_size": expert_tensor_parallel,
         "sequence_parallel": sequence_parallel,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -113,4 +125,25 @@ def transformer_config(
             "moe_router_pre_softmax": model.moe_top_k == 1,
             "moe_token_dispatcher_type": "alltoall",
         }
+    if stages is not None:
+        rows = [["decoder"] * count for count in stages]
+        rows[0].insert(0, "embedding")
+        rows[-1].append("loss")
+        fields["pipeline_model_parallel_layout"] = rows
+        if len(stages) > pipeline_parallel:
+            # Two ranks are each other's next and previous: messages of one batch would be mixed up.
+            fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     return TransformerConfig(**{**fields, **overrides})
+
+
+def _check_stages(stages: Sequence[int], pipeline_parallel: int, layers: int) -> None:
+    if not stages or len(stages) % pipeline_parallel:
+        raise ValueError(
+            f"stages={list(stages)} has {len(stages)} entries, their number must be a multiple of "
+            f"pipeline_parallel={pipeline_parallel}"
+        )
+    if min(stages) < 0 or sum(stages) != layers:
+        raise ValueError(
+            f"stages={list(stages)} must be layers of each stage and add up to the {layers} of "
+            f"model.pattern, not {sum(stages)}"
+        )

@@ -23,7 +23,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: 
 
 import seqpar  # noqa: E402
 from seqpar.models.compat import install  # noqa: E402
-from seqpar.models.config import ModelConfig, layer_mixers  # noqa: E402
+from seqpar.models.config import ModelConfig  # noqa: E402
 from seqpar.models.language_model import Batch, build_language_model, forward_step  # noqa: E402
 from seqpar.models.transformer import transformer_config  # noqa: E402
 
@@ -50,6 +50,9 @@ class Setting:
     context: int = 1
     pipeline: int = 1
     expert: int = 1
+    expert_tensor: int = 1
+    stages: tuple[int, ...] | None = None  # layers of each pipeline stage
+    distributed: bool = False  # optimizer
     layout: str = "contiguous"
     documents: tuple[int, ...] | None = DOCUMENTS
     microbatches: int = 1  # of each data-parallel rank
@@ -69,12 +72,14 @@ class Rank:
     """One rank's groups and part of the model, seeded as a trainer would."""
 
     def __init__(self, model: ModelConfig, setting: Setting) -> None:
+        turns = len(setting.stages or ()) // setting.pipeline
         parallel_state.initialize_model_parallel(
             setting.tensor,
             setting.pipeline,
+            turns if turns > 1 else None,
             context_parallel_size=setting.context,
             expert_model_parallel_size=setting.expert,
-            expert_tensor_parallel_size=1,
+            expert_tensor_parallel_size=setting.expert_tensor,
         )
         torch.manual_seed(11)
         tensor_parallel.model_parallel_cuda_manual_seed(11)
@@ -86,30 +91,46 @@ class Rank:
             context_parallel=setting.context,
             pipeline_parallel=setting.pipeline,
             expert_parallel=setting.expert,
+            expert_tensor_parallel=setting.expert_tensor,
+            stages=setting.stages,
             **setting.config,
         )
-        self.network = build_language_model(
-            model,
-            self.config,
-            groups,
-            pre_process=groups.pp.rank() == 0,
-            post_process=groups.pp.rank() == groups.pp.size() - 1,
-        )
-        self.layers = len(layer_mixers(model))
+        self.stages: list[Any] = build_language_model(model, self.config, groups)
         self.experts, self.tied = model.num_experts, model.tie_embeddings
 
-    @functools.cached_property
-    def ddp(self) -> DistributedDataParallel:
-        options = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-        return DistributedDataParallel(
-            self.config, options, self.network, pg_collection=self.groups
-        )
+    @property
+    def network(self) -> Any:
+        """The model, where this rank has one stage of it."""
+        [network] = self.stages
+        return network
 
-    def name(self, name: str) -> str:
-        """The whole model's name of this rank's parameter `name`."""
-        parts = name.split(".")
+    @functools.cached_property
+    def ddp(self) -> list[DistributedDataParallel]:
+        options = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=self.setting.distributed
+        )
+        return [
+            DistributedDataParallel(
+                self.config,
+                options,
+                stage,
+                pg_collection=self.groups,
+                disable_bucketing=index > 0,
+            )
+            for index, stage in enumerate(self.stages)
+        ]
+
+    def parameters(self) -> Iterator[tuple[str, Any]]:
+        """(the whole model's name, this rank's parameter), over all its stages."""
+        for stage in self.stages:
+            for name, parameter in stage.named_parameters():
+                yield self._name(stage, name), parameter
+
+    def _name(self, stage: Any, name: str) -> str:
+        parts = name.removeprefix("module.").split(".")
+        layers = getattr(stage, "module", stage).decoder.layers
         firsts = {
-            "layers": self.groups.pp.rank() * self.layers // self.setting.pipeline,
+            "layers": layers[0].layer_number - 1 if len(layers) else 0,
             "local_experts": self.groups.ep.rank() * self.experts // self.setting.expert,
         }
         for key, first in firsts.items():
@@ -124,7 +145,9 @@ class Rank:
         """The part of a whole weight, or gradient, that belongs to this rank's `parameter`."""
         if whole.shape == parameter.shape:
             return whole
-        rank, size, dim = self.groups.tp.rank(), self.groups.tp.size(), parameter.partition_dim
+        own = getattr(parameter, "allreduce", True)
+        group = self.groups.tp if own else self.groups.expt_tp
+        rank, size, dim = group.rank(), group.size(), parameter.partition_dim
         # SwiGLU's first layer holds two matrices, each cut over the ranks.
         matrices = whole.chunk(parameter.partition_stride, dim)
         return torch.cat([matrix.chunk(size, dim)[rank] for matrix in matrices], dim)
@@ -132,16 +155,17 @@ class Rank:
     def load(self, weights: dict[str, Tensor]) -> None:
         """Take this rank's part of the whole model's weights."""
         with torch.no_grad():
-            for name, parameter in self.network.named_parameters():
-                parameter.copy_(self.part(weights[self.name(name)], parameter))
+            for name, parameter in self.parameters():
+                parameter.copy_(self.part(weights[name], parameter))
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self, step: int = 0) -> Iterator[Batch]:
         """Its shards of its micro-batches. A third of the labels, unevenly, does not count."""
         setting, count = self.setting, self.setting.microbatches
         layout = seqpar.Layout(TOKENS, setting.context, setting.layout, setting.documents)
         sp = seqpar.SequenceParallel(self.groups.cp, layout)
         for index in range(count):
-            generator = torch.Generator().manual_seed(self.groups.dp.rank() * count + index)
+            seed = 1000 * step + self.groups.dp.rank() * count + index
+            generator = torch.Generator().manual_seed(seed)
             stream = torch.randint(0, 32, (1, TOKENS + 1), generator=generator)
             draws = torch.rand(1, TOKENS, generator=generator)
             mask = (draws > torch.linspace(0.1, 0.6, TOKENS)).float()
@@ -152,24 +176,23 @@ class Rank:
             yield Batch(tokens, labels, layout.shard(mask, sp.rank), sp)
 
 
-def train_step(state: Rank) -> Step:
+def train_step(state: Rank, step: int = 0) -> Step:
     """One step's gradients by Megatron's schedule, its DDP and its finalisation."""
     ddp = state.ddp
     state.config.finalize_model_grads_func = finalize_model_grads
-    ddp.zero_grad_buffer()
+    for stage in ddp:
+        stage.zero_grad_buffer()
+    batches = list(state.batches(step))
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=state.batches(),
-        model=[ddp],
+        data_iterator=[iter(batches) for _ in ddp],
+        model=ddp,
         num_microbatches=state.setting.microbatches,
         seq_length=TOKENS,
         micro_batch_size=1,
         forward_only=False,
     )
-    gradients = {
-        state.name(name): parameter.main_grad.clone()
-        for name, parameter in state.network.named_parameters()
-    }
+    gradients = {name: parameter.main_grad.clone() for name, parameter in state.parameters()}
     loss = sum(report["loss_sum"].item() for report in reports)
     return Step(loss, sum(int(report["tokens"]) for report in reports), gradients)
 

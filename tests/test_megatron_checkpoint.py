@@ -30,7 +30,7 @@ def train(
         state.load(weights)
     # Clipping bites, so that a wrong gradient norm changes what follows.
     options = OptimizerConfig(optimizer="adam", lr=0.01, weight_decay=0.1, clip_grad=0.5)
-    optimizer = get_megatron_optimizer(options, [state.ddp])
+    optimizer = get_megatron_optimizer(options, state.ddp)
 
     def step() -> tuple[float, float]:
         optimizer.zero_grad()

@@ -81,9 +81,9 @@ def test_random_state_of_tensor_parallel_ranks() -> None:
 
 def bfloat16_steps(rank: int) -> list[float]:
     state = Rank(tiny("GN"), Setting(context=2, config={"dtype": torch.bfloat16}))
-    state.network = Float16Module(state.config, state.network)
+    state.stages = [Float16Module(state.config, stage) for stage in state.stages]
     options = OptimizerConfig(lr=0.01, bf16=True, params_dtype=torch.bfloat16, clip_grad=1.0)
-    optimizer = get_megatron_optimizer(options, [state.ddp])
+    optimizer = get_megatron_optimizer(options, state.ddp)
     losses = []
     for _ in range(6):
         optimizer.zero_grad()

@@ -29,8 +29,8 @@ def step_and_expectation(
     state.load(weights)
     step = train_step(state)
     mean = {
-        state.name(name): state.part(whole.gradients[state.name(name)], parameter) / whole.tokens
-        for name, parameter in state.network.named_parameters()
+        name: state.part(whole.gradients[name], parameter) / whole.tokens
+        for name, parameter in state.parameters()
     }
     return step, mean
 
