@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -91,7 +92,7 @@ Loss = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
 def forward_step(
-    batches: Iterator[Batch], model: torch.nn.Module
+    batches: Iterator[Batch], model: MegatronModule
 ) -> tuple[Tensor, Callable[[Tensor], Loss]]:
     """One forward pass, as Megatron's schedules (get_forward_backward_func) call it.
 
@@ -99,12 +100,14 @@ def forward_step(
         the model's output and the function that turns it into `masked_loss`.
     """
     batch = next(batches)
+    params = SequenceParallelParams(batch.sp)
+    params.check(model.config)
     output = model(
         batch.tokens,
         position_ids=None,
         attention_mask=None,
         labels=batch.labels,
-        packed_seq_params=SequenceParallelParams(batch.sp),
+        packed_seq_params=params,
     )
     return output, partial(masked_loss, batch.loss_mask)
 

@@ -162,6 +162,7 @@ class SequenceMixer(MegatronModule, ABC):
 
     def _sequence(self, given: Any, tokens: int) -> SequenceParallelParams:
         if isinstance(given, SequenceParallelParams):
+            given.check(self.config)
             return given
         if given is not None:
             raise ValueError(

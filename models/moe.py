@@ -7,6 +7,10 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import (
+    get_tokens_per_expert_and_token_count,
+    switch_load_balancing_loss_func,
+)
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -17,8 +21,9 @@ vars(moe_utils).setdefault("te_general_gemm", None)
 
 
 class Router(TopKRouter):
-    """Megatron's top-k router, its auxiliary loss weighted by the tokens of the whole sequence.
+    """Megatron's top-k router, its auxiliary loss that of the whole sequence however it is cut.
 
+    Ranks may hold different numbers of tokens: they are counted, Megatron takes them to be equal.
     Gradients are divided by the global token count in the end, so the auxiliary loss, a mean, is
     multiplied by tokens first. Its parts on the ranks of one sequence add up to the mean, so that
     must be the sequence's tokens. Megatron-Core 0.16 takes a rank's own, which weakens the loss by
@@ -39,25 +44,34 @@ class Router(TopKRouter):
         super().__init__(config, *args, **kwargs)
         self.calculate_per_token_loss = False  # weighted below instead
 
-    def attach_and_log_load_balancing_loss(
+    def _apply_aux_loss(
         self,
-        activation: Tensor,
-        aux_loss_coeff: float,
-        aux_loss: Tensor,
-        *args: Any,
-        valid_token_count: int | Tensor | None = None,
-        **kwargs: Any,
+        probs: Tensor,
+        scores_for_aux_loss: Tensor,
+        routing_map: Tensor,
+        with_padding_mask: bool = False,
     ) -> Tensor:
         """As TopKRouter's; the coefficient is scaled along, so that the logged mean stays."""
-        tokens = activation.shape[0] if valid_token_count is None else valid_token_count
-        weight = tokens * self.tp_cp_group.size() if self.config.calculate_per_token_loss else 1
-        return super().attach_and_log_load_balancing_loss(
-            activation,
-            aux_loss_coeff * weight,
-            aux_loss * weight,
-            *args,
-            valid_token_count=valid_token_count,
-            **kwargs,
+        coefficient = self.get_aux_loss_coeff("aux_loss")
+        if coefficient == 0:
+            return probs
+        counts, _, tokens = get_tokens_per_expert_and_token_count(
+            routing_map=routing_map,
+            reduce_group=self.tp_cp_group,
+            topk=self.topk,
+            with_padding_mask=True,
+        )
+        loss = switch_load_balancing_loss_func(
+            probs=scores_for_aux_loss,
+            tokens_per_expert=counts,
+            total_num_tokens=tokens,
+            topk=self.topk,
+            num_experts=self.config.num_moe_experts,
+            moe_aux_loss_coeff=coefficient,
+        )
+        weight = tokens if self.config.calculate_per_token_loss else 1
+        return self.attach_and_log_load_balancing_loss(
+            probs, coefficient * weight, loss * weight, "load_balancing_loss", self.tp_cp_group
         )
 
 

@@ -2,6 +2,7 @@
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from seqpar import SequenceParallel
@@ -16,21 +17,37 @@ class SequenceParallelParams(PackedSeqParams):
     Args:
         sp: the group, the layout (documents included) and the exchange of this sequence.
 
-    Raises:
-        ValueError: ranks hold different numbers of tokens, which Megatron's pipeline and its
-            load balancing loss cannot express.
+    Attributes: sp.
     """
 
     def __init__(self, sp: SequenceParallel) -> None:
         super().__init__(cp_group=sp.comm.group)
-        sizes = {sp.layout.local_tokens(rank) for rank in range(sp.layout.world_size)}
-        if len(sizes) > 1:
-            raise ValueError(
-                f"{sp.layout!r} gives ranks {sorted(sizes)} tokens, a Megatron model needs the "
-                "same number on each; leave out shard_sizes"
-            )
         self.sp = sp
         self._rotary: dict[tuple[int, float, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def check(self, config: TransformerConfig) -> None:
+        """Raise ValueError where ranks hold different numbers of tokens and Megatron cannot."""
+        sizes = set(self.sp.layout.shard_sizes)
+        if len(sizes) == 1:
+            return
+        told = f"{self.sp.layout!r} gives ranks {sorted(sizes)} tokens"
+        if config.pipeline_model_parallel_size > 1 and not config.variable_seq_lengths:
+            raise ValueError(
+                f"{told}: pipeline stages need to be told, set variable_seq_lengths=True in the "
+                "TransformerConfig, or leave out shard_sizes"
+            )
+        if config.num_moe_experts and config.moe_token_dispatcher_type == "allgather":
+            raise ValueError(
+                f"{told}: moe_token_dispatcher_type='allgather' gathers equal numbers only; set it "
+                "to 'alltoall', or leave out shard_sizes"
+            )
+        if config.sequence_parallel and any(
+            size % config.tensor_model_parallel_size for size in sizes
+        ):
+            raise ValueError(
+                f"{told}: with sequence_parallel=True each must be a multiple of "
+                f"tensor_model_parallel_size={config.tensor_model_parallel_size}"
+            )
 
     def rotary(self, dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosines and sines of this rank's true positions, fp32 [local tokens, dim / 2] each."""

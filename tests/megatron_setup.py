@@ -54,6 +54,7 @@ class Setting:
     stages: tuple[int, ...] | None = None  # layers of each pipeline stage
     distributed: bool = False  # optimizer
     layout: str = "contiguous"
+    shards: tuple[int, ...] | None = None  # tokens of each rank, where they differ
     documents: tuple[int, ...] | None = DOCUMENTS
     microbatches: int = 1  # of each data-parallel rank
     config: dict[str, Any] = field(default_factory=dict)  # more fields for transformer_config
@@ -161,7 +162,9 @@ class Rank:
     def batches(self, step: int = 0) -> Iterator[Batch]:
         """Its shards of its micro-batches. A third of the labels, unevenly, does not count."""
         setting, count = self.setting, self.setting.microbatches
-        layout = seqpar.Layout(TOKENS, setting.context, setting.layout, setting.documents)
+        layout = seqpar.Layout(
+            TOKENS, setting.context, setting.layout, setting.documents, setting.shards
+        )
         sp = seqpar.SequenceParallel(self.groups.cp, layout)
         for index in range(count):
             seed = 1000 * step + self.groups.dp.rank() * count + index

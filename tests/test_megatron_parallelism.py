@@ -18,6 +18,7 @@ from megatron_setup import (
 from torch import Tensor
 
 from seqpar.models.config import ModelConfig
+from seqpar.models.sequence import SequenceParallelParams
 
 MEGATRON_SEQUENCE_PARALLEL = {"sequence_parallel": True}
 
@@ -84,3 +85,49 @@ def test_full_recomputation() -> None:
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform"}
     setting = Setting(context=2, config={**recompute, "recompute_num_layers": 1})
     check(tiny("GDN"), setting, ranks=2)
+
+
+UNEVEN = {"variable_seq_lengths": True, "sequence_parallel": True}
+
+
+@pytest.mark.parametrize(
+    ("setting", "ranks"),
+    [
+        (Setting(context=3, expert=2, shards=(30, 4, 14)), 6),
+        (Setting(tensor=2, context=2, pipeline=2, microbatches=2, shards=(14, 34)), 8),
+    ],
+    ids=["experts", "tensor and pipeline"],
+)
+def test_ranks_with_different_numbers_of_tokens(setting: Setting, ranks: int) -> None:
+    setting.config = UNEVEN if setting.tensor > 1 else {}
+    data = ranks // (setting.tensor * setting.context * setting.pipeline)
+    check(tiny("GN"), setting, ranks, data)
+
+
+def uneven(rank: int, setting: Setting) -> str:
+    state = Rank(tiny("GN"), setting)
+    try:
+        SequenceParallelParams(next(state.batches()).sp).check(state.config)
+    except ValueError as error:
+        return str(error)
+    return "possible"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (Setting(context=2, pipeline=2, shards=(8, 40)), "ranks [8, 40] tokens: pipeline stages"),
+        (
+            Setting(context=2, shards=(8, 40), config={"moe_token_dispatcher_type": "allgather"}),
+            "set it to 'alltoall'",
+        ),
+        (
+            Setting(tensor=2, context=2, shards=(9, 39), config=MEGATRON_SEQUENCE_PARALLEL),
+            "each must be a multiple of tensor_model_parallel_size=2",
+        ),
+        (Setting(context=2, pipeline=2, shards=(24, 24)), "possible"),
+    ],
+)
+def test_where_different_numbers_are_not_possible(setting: Setting, message: str) -> None:
+    ranks = setting.tensor * setting.context * setting.pipeline
+    assert all(message in found for found in run_ranks(uneven, ranks, setting))

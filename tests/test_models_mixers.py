@@ -232,10 +232,3 @@ def test_what_would_be_ignored_is_refused(
 def test_unknown_mixer_is_refused() -> None:
     with pytest.raises(ValueError, match="name='mamba' must be one of gla, gated_deltanet"):
         linear_attention_spec("mamba", **SIZES)
-
-
-def test_unequal_shards_are_refused() -> None:
-    layout = seqpar.Layout(6, 2, shard_sizes=[2, 4])
-    sp = seqpar.SequenceParallel(layout=layout, comm=SomeRank(0, 2))
-    with pytest.raises(ValueError, match=r"ranks \[2, 4\] tokens.* leave out shard_sizes"):
-        SequenceParallelParams(sp)
