@@ -2,9 +2,11 @@
 
 A checkpoint is written to a temporary folder, which gets its name `step_00000100` only when all its
 files and their manifest (sizes and digests) are on disk. Reading compares the manifest first.
+Writing and digesting go on in a thread, beside training if that is wanted.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -12,6 +14,8 @@ import queue
 import random
 import re
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +32,9 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 
 from seqpar.launch.data import Corpus
 from seqpar.launch.failure import together
+from seqpar.launch.optimizer_state import load_state, sharded_state
 from seqpar.launch.setup import Run
+from seqpar.models import compat
 from seqpar.models.config import resolved
 
 MANIFEST = "manifest.json"
@@ -46,7 +52,7 @@ class Progress:
 
 def identity(run: Run, corpus: Corpus) -> dict[str, Any]:
     """What a checkpoint and the run that resumes it must have in common, by name of setting."""
-    sizes, train = run.sizes, run.config.train
+    train = run.config.train
     found = {f"model.{k}": v for k, v in dataclasses.asdict(resolved(run.config.model)).items()}
     return found | {
         "train.seed": train.seed,
@@ -54,67 +60,134 @@ def identity(run: Run, corpus: Corpus) -> dict[str, Any]:
         "data.sequence_length": run.config.data.sequence_length,
         "data.path (number of documents)": len(corpus.lengths),
         "data.path (number of tokens)": corpus.tokens,
-        "parallel.tensor": sizes.tensor,
-        "parallel.pipeline": sizes.pipeline,
-        "parallel.expert": sizes.expert,
     }
 
 
-def save(run: Run, folder: Path, progress: Progress, common: dict[str, Any]) -> Path:
-    """Write checkpoint `folder`/step_N and return its path. All ranks call it.
+class Saving:
+    """Checkpoint `folder`/step_N under way, from the state that the run has now.
 
-    A folder of that name, from a later part of a run that was resumed before it, is set aside.
+    All ranks make one, and call `finished` together until it is. A folder of that name, from a
+    later part of a run that was resumed before it, is set aside.
+
+    Attributes: path, of the finished checkpoint.
 
     Raises:
-        UserError: on every rank, when one cannot write.
+        UserError: on every rank, when one cannot write; `finished` as well.
     """
-    target = folder / f"step_{progress.step:08d}"
-    temporary = folder / f"{_TEMPORARY}{target.name}"
-    first = run.control.rank == 0
 
-    def begin() -> None:
-        if first:
-            shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
-            temporary.mkdir(parents=True)
+    def __init__(self, run: Run, folder: Path, progress: Progress, common: dict[str, Any]) -> None:
+        self._run, self._folder = run, folder
+        self._content = dataclasses.asdict(progress) | {
+            "common": common,
+            "drawn_by": _drawn_by(run),
+        }
+        self.path = folder / f"step_{progress.step:08d}"
+        self._temporary = folder / f"{_TEMPORARY}{self.path.name}"
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._stages = self._work()
+        self._under_way = next(self._stages)
 
-    together(run.control, begin)
-    # Megatron would start a process for this queue, which outlives a run that is killed; it is
-    # needed only where saving itself goes on in another process.
-    vars(filesystem_async)["_results_queue"] = queue.Queue()
-    dist_checkpointing.save(
-        _state(run, is_loading=False),
-        str(temporary),
-        # ranks that hold the same write a part each
-        FullyParallelSaveStrategyWrapper(
-            get_default_save_sharded_strategy(), parallelization_group=run.groups.dp_cp
-        ),
-    )
-    run.control.barrier()  # every rank's files are there
-    shares = run.control.all_gather_object(
-        together(run.control, lambda: _digests(temporary, _share(run, _files(temporary))))
-    )
+    def finished(self, *, wait: bool) -> bool:
+        """Whether it is complete on every rank.
 
-    def finish() -> None:
-        if first:
-            files = {name: entry for share in shares for name, entry in share.items()}
-            content = dataclasses.asdict(progress) | {"common": common, "files": files}
-            (temporary / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
-            for path in (temporary / MANIFEST, temporary):
-                _flush(path)
-            if target.exists():
-                target.rename(_free_name(target))
-            temporary.rename(target)
-            _flush(folder)
-            _prune(folder, run.config.checkpoint.keep)
+        Args:
+            wait: until it is; otherwise this returns at once.
+        """
+        while True:
+            done = torch.tensor([wait or self._under_way.done()], dtype=torch.int32)
+            if not self._run.control.all_reduce(done, "min").item():
+                return False
+            together(self._run.control, self._under_way.result)
+            try:
+                self._under_way = next(self._stages)
+            except StopIteration:
+                self._thread.shutdown()
+                return True
 
-    together(run.control, finish)
-    return target
+    def _work(self) -> Iterator[Future[Any]]:
+        """What is done here together with other ranks; between, what the thread does."""
+        run, control, temporary = self._run, self._run.control, self._temporary
+        first = control.rank == 0
+
+        def begin() -> None:
+            if first:
+                shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
+                temporary.mkdir(parents=True)
+
+        together(control, begin)
+        # Megatron would start a process for this queue, which outlives a run that is killed.
+        vars(filesystem_async)["_results_queue"] = queue.Queue()
+        request = dist_checkpointing.save(
+            _state(run, is_loading=False),
+            str(temporary),
+            # ranks that hold the same write a part each
+            FullyParallelSaveStrategyWrapper(
+                get_default_save_sharded_strategy(), parallelization_group=run.groups.dp_cp
+            ),
+            async_sharded_save=True,
+            **compat.asynchronous_save_options(),
+        )
+        write = functools.partial(_write, request, _snapshot(request))
+        yield self._thread.submit(write)
+
+        for finalize in request.finalize_fns:
+            finalize()
+        control.barrier()  # every rank's files are there
+        digest = functools.partial(_digests, temporary, _share(run, _files(temporary)))
+        under_way = self._thread.submit(digest)
+        yield under_way
+
+        shares = control.all_gather_object(under_way.result())
+
+        def finish() -> None:
+            if first:
+                files = {name: entry for share in shares for name, entry in share.items()}
+                content = self._content | {"files": files}
+                (temporary / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
+                for path in (temporary / MANIFEST, temporary):
+                    _flush(path)
+                if self.path.exists():
+                    self.path.rename(_free_name(self.path))
+                temporary.rename(self.path)
+                _flush(self._folder)
+                _prune(self._folder, run.config.checkpoint.keep)
+
+        together(control, finish)
+
+
+def _snapshot(request: Any) -> list[Any]:
+    """What is to be written, on the host, and apart from what training goes on to change."""
+    if request.preload_fn is None:
+        return []
+    copied = torch.cuda.is_available()  # from the GPU
+    return [
+        (name, key, (raw, [(item, x if copied else x.clone()) for item, x in tensors]))
+        for name, key, (raw, tensors) in request.preload_fn()
+    ]
+
+
+def _write(request: Any, buckets: list[Any]) -> None:
+    """Write this rank's files, one after the other, and leave the results where Megatron looks."""
+    if request.async_fn is None:
+        return
+    transforms, *_ = request.async_fn.args
+    results: dict[int, Any] = {}
+    found: queue.Queue[Any] = queue.Queue()
+    for index, bucket in enumerate(buckets):
+        count: queue.Queue[int] = queue.Queue()
+        count.put(index)
+        write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
+        write(transforms, index, bucket, found, count, use_fsync=True)
+        _, results[index] = found.get()
+        if isinstance(results[index], Exception):
+            raise results[index]
+    request.async_fn_args[2].put(results)
 
 
 def load(run: Run, folder: Path, resume: str, common: dict[str, Any]) -> Progress:
     """Continue from a checkpoint in `folder`: the newest ("latest"), or that of a step ("100").
 
-    All ranks call it. The number of context- and data-parallel ranks may differ from the writer's.
+    All ranks call it. They may be other numbers of every kind of parallelism than the writer's.
 
     Raises:
         UserError: on every rank: there is none, it is damaged, or of another model, data or seed.
@@ -146,24 +219,38 @@ def load(run: Run, folder: Path, resume: str, common: dict[str, Any]) -> Progres
         return manifest
 
     manifest = together(run.control, check)
-    groups = [_hyperparameters(group) for group in run.optimizer.param_groups]
-    state = dist_checkpointing.load(_state(run, is_loading=True), str(path))
-    run.model.module.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    for group, own in zip(run.optimizer.param_groups, groups, strict=True):
-        group.update(own)  # the configuration's, should they have been changed since
+    wanted = _state(run, is_loading=True)
+    if manifest["drawn_by"] != _drawn_by(run):
+        # each of these ranks would continue another one's random numbers: they begin anew
+        del wanted["random"]
+    state = dist_checkpointing.load(wanted, str(path))
+    for index, stage in enumerate(run.model):
+        prefix = f"{index}."
+        own = {k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
+        stage.module.load_state_dict(own)
+    load_state(run.optimizer, state["optimizer"], manifest["step"])
     run.scheduler.load_state_dict(state["scheduler"])
-    _set_random_state(state["random"])
+    if "random" in wanted:
+        _set_random_state(state["random"])
     return Progress(manifest["step"], manifest["sequence"])
 
 
+def _drawn_by(run: Run) -> list[int]:
+    """The numbers of ranks whose random numbers differ."""
+    return [run.sizes.tensor, run.sizes.pipeline, run.sizes.expert, run.sizes.expert_tensor]
+
+
 def _state(run: Run, is_loading: bool) -> dict[str, Any]:
-    metadata = {"dp_cp_group": run.groups.dp_cp, "chained_optim_avoid_prefix": True}
-    model = run.model.module.sharded_state_dict(metadata=metadata)
+    metadata = {"dp_cp_group": run.groups.dp_cp}
+    model = {
+        f"{index}.{name}": value
+        for index, stage in enumerate(run.model)
+        for name, value in stage.module.sharded_state_dict(metadata=metadata).items()
+    }
     tp, pp = run.groups.tp, run.groups.pp
     return {
         "model": model,
-        "optimizer": run.optimizer.sharded_state_dict(model, is_loading, metadata=metadata),
+        "optimizer": sharded_state(run.optimizer, model, is_loading=is_loading),
         "scheduler": run.scheduler.state_dict(),
         # alike on data- and context-parallel ranks, so their number may change
         "random": ShardedObject(
@@ -195,10 +282,6 @@ def _set_random_state(state: dict[str, Any]) -> None:
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     random.setstate(state["python"])
-
-
-def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key not in ("params", "step")}
 
 
 def _find(folder: Path, resume: str) -> str:

@@ -17,6 +17,7 @@ _LEAST = {
     "parallel.tensor": 1,
     "parallel.pipeline": 1,
     "parallel.expert": 1,
+    "parallel.expert_tensor": 1,
     "optimizer.lr": 0,
     "optimizer.min_lr": 0,
     "optimizer.warmup_steps": 0,
@@ -30,13 +31,17 @@ _LEAST = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many ranks each kind of parallelism has; all but `expert` multiply to all ranks."""
+    """How many ranks each kind of parallelism has.
+
+    All but `expert` and `expert_tensor` multiply to all ranks.
+    """
 
     context: int
     tensor: int
     pipeline: int
     expert: int
     data: int
+    expert_tensor: int = 1
 
 
 def check(config: Config, ranks: int) -> Sizes:
@@ -73,12 +78,6 @@ def _check_names(config: Config) -> None:
 
 def _check_optimizer(config: Config) -> None:
     optimizer = config.optimizer
-    if optimizer.distributed:
-        raise ValueError(
-            "optimizer.distributed=true is refused: without Transformer Engine or apex a run with "
-            "Megatron's distributed optimizer cannot be resumed exactly (its parameters come back "
-            "sharing one step count); set optimizer.distributed=false"
-        )
     if optimizer.min_lr > optimizer.lr:
         raise ValueError(
             f"optimizer.min_lr={optimizer.min_lr} must not be above optimizer.lr={optimizer.lr}; "
@@ -117,12 +116,21 @@ def _sizes(config: Config, ranks: int) -> Sizes:
             f"{ranks}; nearest: {', '.join(map(str, nearest))}"
         )
     stage = ranks // parallel.pipeline
-    if stage % parallel.expert:
+    experts = parallel.expert * parallel.expert_tensor
+    if stage % experts:
+        times = f" times parallel.expert_tensor={parallel.expert_tensor}"
         raise ValueError(
-            f"parallel.expert={parallel.expert} must divide the {stage} ranks of a pipeline stage; "
-            f"set it to a divisor of {stage}"
+            f"parallel.expert={parallel.expert}{times if parallel.expert_tensor > 1 else ''} must "
+            f"divide the {stage} ranks of a pipeline stage; set it to a divisor of {stage}"
         )
-    return Sizes(context, parallel.tensor, parallel.pipeline, parallel.expert, left // context)
+    return Sizes(
+        context,
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.expert,
+        left // context,
+        parallel.expert_tensor,
+    )
 
 
 def _check_lengths(config: Config, sizes: Sizes) -> None:
@@ -142,6 +150,13 @@ def _check_lengths(config: Config, sizes: Sizes) -> None:
         raise ValueError(
             f"train.global_batch={batch} must be a multiple of the {sizes.data} data-parallel "
             f"ranks; nearest: {_around(batch, sizes.data)}"
+        )
+    turns = len(config.parallel.stages or ()) > sizes.pipeline
+    if turns and batch // sizes.data % sizes.pipeline:
+        raise ValueError(
+            f"train.global_batch={batch} must be a multiple of {sizes.data} data-parallel times "
+            f"{sizes.pipeline} pipeline ranks where these take turns (parallel.stages="
+            f"{config.parallel.stages}); nearest: {_around(batch, sizes.data * sizes.pipeline)}"
         )
 
 

@@ -48,6 +48,10 @@ class ParallelSection:
     tensor: int = 1
     pipeline: int = 1
     expert: int = 1
+    expert_tensor: int = 1  # ranks that share the matrices of each expert
+    # layers of each pipeline stage, equal by default; twice (...) as many stages as pipeline ranks
+    # are dealt to them in turn
+    stages: list[int] | None = None
     layout: Literal["contiguous", "zigzag"] = "contiguous"
     exchange: str = "auto"  # how memory states cross ranks
     softmax: str = "auto"  # how keys and values of softmax layers cross ranks
@@ -69,7 +73,7 @@ class OptimizerSection:
     beta2: float = 0.95
     eps: float = 1e-8
     clip_grad: float = 1.0
-    distributed: bool = False
+    distributed: bool = False  # its state is shared out over data- and context-parallel ranks
 
 
 @dataclass
@@ -78,6 +82,7 @@ class CheckpointSection:
 
     every: int = 0  # steps between checkpoints; 0: only at the end
     keep: int = 0  # how many of the newest to keep; 0: all
+    asynchronous: bool = False  # whether training goes on while one is written
     resume: str | None = None  # "latest", or the step of a checkpoint
 
 

@@ -61,17 +61,21 @@ def build(config: Config, sizes: Sizes, control: Communicator) -> Run:
             context_parallel=sizes.context,
             pipeline_parallel=sizes.pipeline,
             expert_parallel=sizes.expert,
+            expert_tensor_parallel=sizes.expert_tensor,
+            stages=config.parallel.stages,
             sequence_parallel=sizes.tensor > 1,
             dtype=dtype,
         )
     except ValueError as error:  # names its arguments, here they are settings
-        raise ValueError(re.sub(r"\b(\w+)_parallel=", r"parallel.\1=", str(error))) from None
+        told = re.sub(r"\b(\w+)_parallel=", r"parallel.\1=", str(error))
+        raise ValueError(re.sub(r"\bstages=", "parallel.stages=", told)) from None
     parallel_state.initialize_model_parallel(
         sizes.tensor,
         sizes.pipeline,
+        model_config.virtual_pipeline_model_parallel_size,
         context_parallel_size=sizes.context,
         expert_model_parallel_size=sizes.expert,
-        expert_tensor_parallel_size=1,
+        expert_tensor_parallel_size=sizes.expert_tensor,
     )
     torch.manual_seed(config.train.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed)
@@ -125,6 +129,7 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
         adam_beta2=optimizer.beta2,
         adam_eps=optimizer.eps,
         clip_grad=optimizer.clip_grad,
+        use_distributed_optimizer=optimizer.distributed,
         bf16=config.train.precision == "bf16",
         params_dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
     )

@@ -1,9 +1,7 @@
 """One optimizer step, and one held-out loss, over packed sequences."""
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
@@ -41,7 +39,8 @@ def train_step(run: Run, stream: PackedStream, first_sequence: int) -> StepResul
     own = sequences[run.groups.dp.rank() :: run.sizes.data]
     batches = together(run.control, lambda: [_batch(run, stream, i) for i in own])
     before = _traffic(run)
-    run.model.zero_grad_buffer()
+    for stage in run.model:
+        stage.zero_grad_buffer()
     run.optimizer.zero_grad()
     loss_sum, tokens = _forward(run, batches, train=True)
     _, grad_norm, _ = run.optimizer.step()
@@ -67,16 +66,18 @@ def held_out_loss(run: Run, stream: PackedStream) -> float:
     sequences = min(run.config.train.evaluate_sequences, stream.sequences)
     # every data-parallel rank takes part in every round, with nothing that counts if need be
     rounds = -(-sequences // run.sizes.data)
+    if len(run.model) > 1:  # stages that take turns work on as many sequences as there are ranks
+        rounds = -(-rounds // run.sizes.pipeline) * run.sizes.pipeline
     own = [i * run.sizes.data + run.groups.dp.rank() for i in range(rounds)]
-    loss_sum, tokens = 0.0, 0.0
-    run.model.eval()
-    for i in own:
-        batch = together(run.control, partial(_batch, run, stream, i))
-        if i >= sequences:
+    batches = together(run.control, lambda: [_batch(run, stream, i) for i in own])
+    for index, batch in zip(own, batches, strict=True):
+        if index >= sequences:
             batch.loss_mask.zero_()
-        found = _forward(run, [batch], train=False)
-        loss_sum, tokens = loss_sum + found[0], tokens + found[1]
-    run.model.train()
+    for stage in run.model:
+        stage.eval()
+    loss_sum, tokens = _forward(run, batches, train=False)
+    for stage in run.model:
+        stage.train()
     loss_sum, tokens, _ = _sum_over_ranks(run, loss_sum, tokens, 0)
     return loss_sum / max(tokens, 1)
 
@@ -109,12 +110,11 @@ def _batch(run: Run, stream: PackedStream, index: int) -> Batch:
 
 def _forward(run: Run, batches: list[Batch], train: bool) -> tuple[float, float]:
     """Run Megatron's schedule; (loss sum, valid tokens) of this rank, 0 but on the last stage."""
-    iterator: Iterator[Batch] = iter(batches)
     with nullcontext() if train else torch.no_grad():
         reports = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iterator,
-            model=[run.model],
+            data_iterator=[iter(batches) for _ in run.model],
+            model=run.model,
             num_microbatches=len(batches),
             seq_length=run.config.data.sequence_length,
             micro_batch_size=1,

@@ -75,7 +75,9 @@ def train(command: Command, control: Communicator) -> None:
     together(control, lambda: _begin_folder(config, done.step) if leader else None)
     entropy = held_out.unigram_entropy if held_out else None
     report = Report(config, done.step, entropy, not leader)
-    report.begin(sizes, stream, sum(p.numel() for p in run.model.parameters()))
+    parameters = [p for stage in run.model for p in stage.parameters()]
+    report.begin(sizes, stream, sum(p.numel() for p in parameters))
+    saving: checkpoint.Saving | None = None
     while done.step < steps:
         report.clock.start()
         result = train_step(run, stream, done.sequence)
@@ -90,8 +92,16 @@ def train(command: Command, control: Communicator) -> None:
             )
         if held_out and _due(config.train.evaluate_every, done.step, steps):
             report.held_out(done.step, held_out_loss(run, held_out))
-        if _due(config.checkpoint.every, done.step, steps):
-            report.checkpoint(checkpoint.save(run, saved, done, common))
+        due = _due(config.checkpoint.every, done.step, steps)
+        if saving and saving.finished(wait=due):
+            report.checkpoint(saving.path)
+            saving = None
+        if due:
+            saving = checkpoint.Saving(run, saved, done, common)
+            if done.step == steps or not config.checkpoint.asynchronous:
+                saving.finished(wait=True)
+                report.checkpoint(saving.path)
+                saving = None
     more = steps + max(1, steps // 2)
     report.end(command.again("checkpoint.resume=latest", f"train.steps={more}"))
 

@@ -53,6 +53,14 @@ def install() -> None:
     _gather_unequal_parts()
 
 
+def asynchronous_save_options() -> dict[str, Any]:
+    """Arguments of `dist_checkpointing.save` that ask for Megatron's own files, where it asks."""
+    from megatron.core import dist_checkpointing
+
+    known = inspect.signature(dist_checkpointing.save).parameters
+    return {"async_strategy": "mcore"} if "async_strategy" in known else {}
+
+
 def _answer_for_torch_cuda() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def test_resumes_on_other_ranks(
         (2, ["parallel.context=1", "parallel.expert=2", "train.global_batch=2"]),
         (4, ["parallel.tensor=2", "parallel.expert=2", "model.vocab_size=258"]),
         (2, ["parallel.pipeline=2", "train.global_batch=2"]),
-        (2, ["train.precision=bf16"]),
+        (2, ["train.precision=bf16", "optimizer.distributed=true", "checkpoint.asynchronous=true"]),
     ],
 )
 def test_resumes_exactly_with_every_kind_of_parallelism(
@@ -109,22 +110,86 @@ def test_resumes_exactly_with_every_kind_of_parallelism(
     assert losses(tmp_path / "run") == {step: expected[step] for step in (4, 5, 6)}
 
 
+EXPERTS_OVER_ALL = ["parallel.tensor=2", "parallel.expert=2", "parallel.expert_tensor=2"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        (4, [*EXPERTS_OVER_ALL, "optimizer.distributed=true"]),
+        (4, ["parallel.pipeline=2", "model.pattern=L N", "parallel.stages=[1,0,0,1]"]),
+    ],
+    ids=["experts over all", "stages in turn"],
+)
+def test_resumes_with_other_kinds_of_parallelism(
+    ranks: int, words: list[str], config: str, tmp_path: Path
+) -> None:
+    same = [f"log.folder={tmp_path}/run", *SAVING, "model.vocab_size=258", "train.global_batch=2"]
+    pattern = [word for word in words if word.startswith("model.")]
+    train_on(2, config, *same, *pattern)
+    expected = losses(tmp_path / "run")
+    (tmp_path / "run/metrics.jsonl").write_text("")
+    train_on(ranks, config, *same, "checkpoint.resume=4", *words)
+    found = losses(tmp_path / "run")
+    assert sorted(found) == list(range(5, 13))
+    for step in found:
+        assert found[step][0] == pytest.approx(expected[step][0], abs=1e-4)
+        assert found[step][1] == pytest.approx(expected[step][1], rel=1e-3)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    config: str, whole: Path, tmp_path: Path
+) -> None:
+    """What is written is the state at its step, however long it takes; the result is the same."""
+
+    def slow(rank: int) -> None:
+        from seqpar.launch import checkpoint
+
+        module: Any = checkpoint
+        write = module._write
+
+        def waits(*args: Any) -> None:
+            time.sleep(0.3 * (rank + 1))
+            write(*args)
+
+        module._write = waits
+
+    words = [f"log.folder={tmp_path}/run", *SAVING, "checkpoint.asynchronous=true"]
+    text = train_on(2, config, *words, before=slow)
+    lines = text.splitlines()
+    saved = [lines.index(f"checkpoint {tmp_path}/run/checkpoints/step_{n:08d}") for n in (4, 8, 12)]
+    assert saved == sorted(saved)
+    assert any(line.startswith("step  5/12") for line in lines[: saved[0]])
+    assert losses(tmp_path / "run") == losses(whole)
+    train_on(2, config, *words, "checkpoint.resume=8")
+    assert losses(tmp_path / "run") == losses(whole)
+
+
+def test_a_disk_that_is_full_is_told_by_all_ranks(config: str, tmp_path: Path) -> None:
+    def full(rank: int) -> None:
+        from seqpar.launch import checkpoint
+
+        def fails(*_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        module: Any = checkpoint
+        if rank == 1:
+            module._write = fails
+
+    words = [f"log.folder={tmp_path}/run", *SAVING, "checkpoint.asynchronous=true"]
+    with pytest.raises(UserError, match="No space left on device"):
+        train_on(2, config, *words, before=full)
+    assert not list((tmp_path / "run/checkpoints").glob("step_*"))
+
+
 def test_the_optimizer_state_matters_to_these_tests(config: str, half: Path, whole: Path) -> None:
     """Resuming without it gives other losses, so equal losses show that it came back."""
 
     def forget(rank: int) -> None:
-        from megatron.core.optimizer.optimizer import ChainedOptimizer
+        from seqpar.launch import checkpoint
 
-        load = ChainedOptimizer.load_state_dict
-
-        def forgets(self: ChainedOptimizer, state: Any) -> None:
-            load(self, state)
-            for each in self.chained_optimizers:
-                for moments in each.optimizer.state.values():
-                    moments["exp_avg"].zero_()
-
-        vars_of: Any = ChainedOptimizer
-        vars_of.load_state_dict = forgets
+        module: Any = checkpoint
+        module.load_state = lambda *_: None
 
     words = [f"log.folder={half}", *SAVING, "checkpoint.resume=latest"]
     train_on(2, config, *words, before=forget)

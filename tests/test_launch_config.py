@@ -145,7 +145,17 @@ def test_files_that_do_not_do(tmp_path: Path, text: bytes, parts: list[str]) -> 
         (1, ["optimizer.warmup_steps=100"], "must be below train.steps=100; nearest: 99"),
         (1, ["optimizer.beta2=1"], "optimizer.beta2=1.0 must be at least 0 and below 1"),
         (1, ["optimizer.eps=0"], "optimizer.eps=0.0 must be above 0"),
-        (1, ["optimizer.distributed=true"], "set optimizer.distributed=false"),
+        (4, ["parallel.expert=2", "parallel.expert_tensor=4"], "parallel.expert_tensor=4 must"),
+        (
+            4,
+            [
+                "parallel.pipeline=2",
+                "parallel.context=1",
+                "parallel.stages=[1,1,1,1]",
+                "train.global_batch=6",
+            ],
+            "must be a multiple of 2 data-parallel times 2 pipeline ranks",
+        ),
         (1, ["parallel.exchange=rign"], "parallel.exchange=rign must be one of auto, "),
         (1, ["parallel.softmax=rign"], "parallel.softmax=rign must be one of auto, "),
         (1, ["checkpoint.resume=last"], 'checkpoint.resume=last must be "latest" or the step'),

@@ -85,7 +85,7 @@ WRONG = [
     ("model.pattern=LXN", "unknown letter 'X'"),
     ("model.vocab_size=256", "model.vocab_size=256 must be at least 257"),
     ("data.sequence_length=1M", "data.sequence_length=1048576 is more than all"),
-    ("optimizer.distributed=true", "cannot be resumed exactly"),
+    ("parallel.stages=[1,2]", "parallel.stages=[1, 2] must be layers of each stage and add up"),
     ("checkpoint.resume=latest", "holds no checkpoint"),
     ("log.folder=/proc/nowhere", "/proc/nowhere"),
     ("model.num_heads=3", "model.num_heads=3 must divide model.hidden_size=32"),

@@ -1,94 +1,165 @@
-"""Megatron's distributed checkpoint of the model and its plain optimizer fits other rank counts."""
+"""A checkpoint of the model and its optimizer fits other numbers of ranks of every kind."""
 
+import itertools
 import queue
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from harness import run_ranks
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer.module import Float16Module
 from megatron_setup import Rank, Setting, tiny, train_step, whole_weights
 from torch import Tensor
 
-from seqpar.models.config import ModelConfig
+from seqpar.launch.optimizer_state import load_state, sharded_state
 
 # Megatron starts a manager process to hand over results; saving within this process needs none.
 filesystem_async._results_queue = queue.SimpleQueue()
 
+MODEL = tiny("GDNG")
+SEQUENCE_PARALLEL = {"sequence_parallel": True}
+WAYS = {
+    "one": Setting(microbatches=4),
+    "context": Setting(context=4, layout="zigzag", documents=None, microbatches=4),
+    "tensor and experts": Setting(
+        tensor=2, context=2, expert=2, config=SEQUENCE_PARALLEL, microbatches=4
+    ),
+    "data, distributed": Setting(distributed=True, microbatches=1),
+    "experts cut, distributed": Setting(
+        context=2, expert=2, expert_tensor=2, microbatches=2, distributed=True
+    ),
+    "stages in turn": Setting(context=2, pipeline=2, stages=(1, 1, 0, 2), microbatches=4),
+    "all, distributed": Setting(
+        tensor=2,
+        context=2,
+        pipeline=2,
+        stages=(3, 1),
+        expert=4,
+        distributed=True,
+        microbatches=4,
+        config=SEQUENCE_PARALLEL,
+    ),
+}
+DATA = {"data, distributed": 4, "experts cut, distributed": 2}
+
 
 def train(
-    rank: int, model: ModelConfig, setting: Setting, folder: Path, weights: dict[str, Tensor]
-) -> list[tuple[float, float]]:
-    """(loss sum, gradient norm) of the second and third of three steps.
+    rank: int, spread: Setting, folder: Path, weights: dict[str, Tensor] | None
+) -> list[tuple[float, int, float]]:
+    """(loss sum, tokens, gradient norm) of the third and fourth of four steps.
 
-    With weights it begins there and saves after the first step, without it resumes from `folder`.
+    With weights it begins there and saves after the second step, without it resumes from `folder`.
     """
-    state = Rank(model, setting)
+    state = Rank(MODEL, spread)
     if weights is not None:
         state.load(weights)
+    half = state.config.bf16
+    if half:
+        state.stages = [Float16Module(state.config, stage) for stage in state.stages]
     # Clipping bites, so that a wrong gradient norm changes what follows.
-    options = OptimizerConfig(optimizer="adam", lr=0.01, weight_decay=0.1, clip_grad=0.5)
-    optimizer = get_megatron_optimizer(options, state.ddp)
+    options = OptimizerConfig(
+        optimizer="adam",
+        lr=0.01,
+        weight_decay=0.1,
+        clip_grad=0.2,
+        adam_eps=1e-5,
+        use_distributed_optimizer=spread.distributed,
+        bf16=half,
+        params_dtype=torch.bfloat16 if half else torch.float32,
+    )
+    optimizer = get_megatron_optimizer(options, state.ddp, use_gloo_process_groups=False)
 
-    def step() -> tuple[float, float]:
+    def step(number: int) -> tuple[float, int, float]:
         optimizer.zero_grad()
-        loss = train_step(state).loss
-        return loss, optimizer.step()[1]
+        found = train_step(state, number)
+        return found.loss, found.tokens, float(optimizer.step()[1])
 
     def content(is_loading: bool) -> dict[str, Any]:
-        network = state.network.sharded_state_dict()
-        moments = optimizer.sharded_state_dict(network, is_loading=is_loading)
+        network = {
+            f"{index}.{name}": value
+            for index, stage in enumerate(state.stages)
+            for name, value in stage.sharded_state_dict().items()
+        }
+        moments = sharded_state(optimizer, network, is_loading=is_loading)
         return {"model": network, "optimizer": moments}
 
     if weights is not None:
-        step()
+        step(0), step(1)
         dist_checkpointing.save(content(False), folder)
     else:
         loaded = dist_checkpointing.load(content(True), folder)
-        state.network.load_state_dict(loaded["model"])
-        optimizer.load_state_dict(loaded["optimizer"])
-    return [step() for _ in range(2)]
-
-
-def weights_only(rank: int, model: ModelConfig, setting: Setting, folder: Path) -> float:
-    state = Rank(model, setting)
-    loaded = dist_checkpointing.load({"model": state.network.sharded_state_dict()}, folder)
-    state.network.load_state_dict(loaded["model"])
-    return train_step(state).loss
-
-
-def losses_and_norms(results: list, setting: Setting) -> list[float]:
-    """The steps of all ranks: the whole loss (tensor-parallel ranks all see theirs), the norm."""
-    steps = list(zip(*results, strict=True))
-    losses = [sum(loss for loss, _ in step) / setting.tensor for step in steps]
-    return losses + [step[0][1] for step in steps]
+        for index, stage in enumerate(state.stages):
+            own = f"{index}."
+            mine = {k.removeprefix(own): v for k, v in loaded["model"].items() if k.startswith(own)}
+            stage.load_state_dict(mine)
+        load_state(optimizer, loaded["optimizer"], steps=2)
+    return [step(2), step(3)]
 
 
 def run(
-    model: ModelConfig,
-    setting: Setting,
-    ranks: int,
-    folder: Path,
-    weights: dict[str, Tensor] | None = None,
-) -> Any:
-    results = run_ranks(train, ranks, model, setting, folder, weights)
-    return pytest.approx(losses_and_norms(results, setting), rel=1e-4)
+    way: str, folder: Path, weights: dict[str, Tensor] | None = None, **config: Any
+) -> list[float]:
+    """Mean losses and gradient norms of the last two steps."""
+    spread = WAYS[way]
+    spread = Setting(**{**vars(spread), "config": {**spread.config, **config}})
+    ranks = spread.tensor * spread.context * spread.pipeline * DATA.get(way, 1)
+    found = []
+    for step in zip(*run_ranks(train, ranks, spread, folder, weights), strict=True):
+        losses, tokens, norms = zip(*step, strict=True)
+        found += [sum(losses) / sum(tokens), norms[0]]
+    return found
 
 
-def test_optimizer_resumes_exactly_on_other_ranks(tmp_path: Path) -> None:
-    model = tiny("GDN", num_experts=0)
-    through = run(model, Setting(context=2), 2, tmp_path, whole_weights(model))
-    for setting in (Setting(), Setting(tensor=2), Setting(context=4, layout="zigzag")):
-        ranks = setting.tensor * setting.context
-        assert run(model, setting, ranks, tmp_path) == through.expected
+def halved() -> dict[str, Tensor]:
+    return {name: weight / 2 for name, weight in whole_weights(MODEL).items()}
 
 
-def test_mixture_of_experts_resumes_and_its_weights_reshard(tmp_path: Path) -> None:
-    model = tiny("GDN")
-    through = run(model, Setting(context=2), 2, tmp_path, whole_weights(model))
-    assert run(model, Setting(), 1, tmp_path) == through.expected
-    cut = Setting(tensor=2, expert=2, config={"sequence_parallel": True})
-    losses = run_ranks(weights_only, 2, model, cut, tmp_path)
-    assert losses == pytest.approx([through.expected[0]] * 2, rel=1e-5)
+def check(writer: str, readers: list[str], folder: Path, bound: float, **config: Any) -> None:
+    through = run(writer, folder, halved(), **config)
+    for reader in readers:
+        assert run(reader, folder, **config) == pytest.approx(through, rel=bound), reader
+
+
+# Documents are those of the whole stream or none: a checkpoint is read with the same data.
+PACKED = [way for way in WAYS if way != "context"]
+WAYS["one, whole"] = Setting(microbatches=4, documents=None)
+
+
+@pytest.mark.parametrize(
+    ("writer", "reader"),
+    [
+        ("tensor and experts", "experts cut, distributed"),
+        ("experts cut, distributed", "stages in turn"),
+        ("stages in turn", "data, distributed"),
+        ("one, whole", "context"),
+    ],
+)
+def test_resumes_on_other_ranks(writer: str, reader: str, tmp_path: Path) -> None:
+    check(writer, [reader], tmp_path, 1e-4)
+
+
+@pytest.mark.complete
+@pytest.mark.parametrize("writer", PACKED)
+def test_resumes_on_every_other_number_of_ranks(writer: str, tmp_path: Path) -> None:
+    check(writer, PACKED, tmp_path, 1e-4)
+
+
+def test_resumes_in_bfloat16_to_the_last_bit(tmp_path: Path) -> None:
+    """Its main parameters and moments are in fp32, cut over ranks or not."""
+    check("data, distributed", ["data, distributed"], tmp_path, 0, dtype=torch.bfloat16)
+
+
+def test_bfloat16_resumes_with_the_other_optimizer(tmp_path: Path) -> None:
+    check("data, distributed", ["one"], tmp_path, 3e-2, dtype=torch.bfloat16)
+
+
+def test_the_moments_matter_to_these_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    through = run("one", tmp_path, halved())
+    monkeypatch.setattr("seqpar.launch.optimizer_state.MOMENTS", ("exp_avg",))
+    monkeypatch.setattr(f"{__name__}.load_state", lambda *_, **__: None)
+    found = run("one", tmp_path)
+    assert all(abs(a / b - 1) > 1e-3 for a, b in itertools.pairwise([found[3], through[3]]))

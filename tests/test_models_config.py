@@ -93,8 +93,14 @@ def test_bad_models(fields: dict[str, Any], message: str) -> None:
         ({}, {"tensor_parallel": 2}, "tensor_parallel=2 .* needs sequence_parallel=True"),
         (
             {},
-            {"tensor_parallel": 2, "sequence_parallel": True},
-            "expert_parallel=1 with tensor_parallel=2: .* set it to 2",
+            {"pipeline_parallel": 2, "stages": [1, 1, 1]},
+            r"stages=\[1, 1, 1\] has 3 entries, .* multiple of pipeline_parallel=2",
+        ),
+        ({}, {"stages": [2]}, r"stages=\[2\] must be layers .* the 3 of model.pattern, not 2"),
+        (
+            {"moe_ffn_hidden_size": 9},
+            {"expert_tensor_parallel": 2},
+            "expert_tensor_parallel=2 must divide model.moe_ffn_hidden_size=9",
         ),
         ({}, {"dtype": torch.float16}, "dtype=torch.float16 must be torch.float32 or"),
     ],
