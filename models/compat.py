@@ -11,6 +11,7 @@ Megatron names "the GPU of this process" in five ways, each answered once here:
 And gloo gathers and scatters only equal parts, where Megatron has unequal ones.
 """
 
+import contextlib
 import importlib
 import inspect
 import logging
@@ -51,6 +52,19 @@ def install() -> None:
     _share_the_random_state()
     _keep_splits_on_the_host()
     _gather_unequal_parts()
+
+
+def define_missing_names() -> None:
+    """What Megatron-Core reads also where Transformer Engine did not define it, on any machine."""
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils
+
+    vars(moe_utils).setdefault("te_general_gemm", None)  # its router, in 0.16
+    # recomputation of norms
+    no_fp8 = types.SimpleNamespace(is_fp8_enabled=lambda: False)
+    vars(random).setdefault("FP8GlobalStateManager", no_fp8)
+    for name in ("activation_recompute_forward", "fp8_autocast"):
+        vars(random).setdefault(name, lambda **_: contextlib.nullcontext())
 
 
 def asynchronous_save_options() -> dict[str, Any]:

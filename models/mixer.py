@@ -12,6 +12,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
@@ -68,6 +69,9 @@ class SequenceMixer(MegatronModule, ABC):
         self._whole: SequenceParallelParams | None = None  # of the last call without any
         check_divides("tensor_model_parallel_size", self.tp_group.size(), "heads", heads)
         self.heads = heads // self.tp_group.size()
+        # Megatron's selective recomputation; what is exchanged is exchanged once more then.
+        selective = config.recompute_granularity == "selective"
+        self.recomputes = selective and "core_attn" in config.recompute_modules
         self.in_proj = self.column_linear(config.hidden_size, heads * in_width)
         self.out_proj = RowParallelLinear(
             heads * out_width,
@@ -112,7 +116,10 @@ class SequenceMixer(MegatronModule, ABC):
         projected, _ = self.in_proj(hidden_states)
         params = self._sequence(packed_seq_params, projected.shape[0])
         x = projected.transpose(0, 1).unflatten(-1, (self.heads, -1))
-        y = self.mix(x, hidden_states, params)
+        if self.recomputes and self.training:
+            y = checkpoint(lambda *inputs: self.mix(*inputs, params), False, x, hidden_states)
+        else:
+            y = self.mix(x, hidden_states, params)
         out, _ = self.out_proj(y.flatten(2).transpose(0, 1).contiguous())
         return out, None
 

@@ -4,7 +4,6 @@ from typing import Any
 
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import (
@@ -16,8 +15,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-# Megatron-Core 0.16 reads this name in its router also where Transformer Engine did not define it.
-vars(moe_utils).setdefault("te_general_gemm", None)
+from seqpar.models import compat
+
+compat.define_missing_names()
 
 
 class Router(TopKRouter):

@@ -240,7 +240,7 @@ DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
     ("__0_1.distcp", _cut, r"file __0_1\.distcp has \d+ bytes, its manifest says \d+"),
     ("__1_0.distcp", _flip, r"the content of file __1_0\.distcp is not what was written"),
     (".metadata", Path.unlink, r"file \.metadata is missing"),
-    ("common.pt", _flip, r"the content of file common\.pt"),
+    ("metadata.json", _flip, r"the content of file metadata\.json"),
     ("manifest.json", Path.unlink, r"it is half-written, file manifest\.json: No such file"),
     ("manifest.json", _cut, r"file manifest\.json is not readable"),
     ("manifest.json", lambda path: path.write_text("{}"), r"file manifest\.json is not readable"),
@@ -268,7 +268,7 @@ def test_the_remedy_works_and_sets_the_damaged_one_aside(
     config: str, half: Path, whole: Path
 ) -> None:
     newest = half / "checkpoints/step_00000008"
-    _flip(newest / "common.pt")
+    _flip(newest / "metadata.json")
     broken = files(newest)
     train_on(2, config, f"log.folder={half}", *SAVING, "checkpoint.resume=4")
     assert losses(half) == losses(whole)
@@ -278,7 +278,7 @@ def test_the_remedy_works_and_sets_the_damaged_one_aside(
 
 def test_when_nothing_is_intact(config: str, half: Path) -> None:
     for path in (half / "checkpoints").iterdir():
-        _flip(path / "common.pt")
+        _flip(path / "metadata.json")
     with pytest.raises(UserError, match=r"no checkpoint in .* is intact: start anew"):
         train_on(2, config, f"log.folder={half}", *SAVING, "checkpoint.resume=latest")
 

@@ -4,8 +4,12 @@ The expected gradients come from one process by autograd alone: nothing may be s
 of context-parallel ranks, of data-parallel ranks or of micro-batches.
 """
 
+import math
+
 import pytest
+import torch
 from harness import run_ranks
+from megatron.core.transformer.module import Float16Module
 from megatron_setup import (
     Rank,
     Setting,
@@ -45,3 +49,34 @@ def test_reduction_over_data_and_context_ranks(data: int, context: int, layout: 
     mean = {name: gradient / whole.tokens for name, gradient in whole.gradients.items()}
     for step in steps:
         assert_same_gradients(step.gradients, mean, 5e-5)
+
+
+def bfloat16_step(
+    rank: int, model: ModelConfig, setting: Setting, weights: dict[str, Tensor]
+) -> Step:
+    state = Rank(model, setting)
+    state.load(weights)
+    state.stages = [Float16Module(state.config, stage) for stage in state.stages]
+    step = train_step(state)
+    assert {parameter.dtype for _, parameter in state.parameters()} == {torch.bfloat16}
+    assert {gradient.dtype for gradient in step.gradients.values()} == {torch.float32}
+    return step
+
+
+@pytest.mark.parametrize("recompute", [{}, {"recompute_granularity": "selective"}])
+def test_bfloat16_gradients_add_up_in_fp32(recompute: dict[str, str]) -> None:
+    """Over micro-batches and ranks, with at most twice the error that one rank has in bfloat16."""
+    model, config = tiny("GDN", num_experts=0), {"dtype": torch.bfloat16, **recompute}
+    weights = {name: weight / 2 for name, weight in whole_weights(model).items()}
+    exact = run_ranks(reduced_step, 1, model, Setting(microbatches=6), weights)[0].gradients
+
+    def error(found: dict[str, Tensor]) -> float:
+        assert found.keys() == exact.keys()
+        return math.sqrt(sum((found[k] - exact[k]).square().sum().item() for k in exact))
+
+    alone = Setting(microbatches=6, config=config)
+    cut = Setting(context=2, microbatches=3, layout="zigzag", config=config)
+    one = error(run_ranks(bfloat16_step, 1, model, alone, weights)[0].gradients)
+    assert one > 0
+    for step in run_ranks(bfloat16_step, 4, model, cut, weights):
+        assert error(step.gradients) <= 2 * one

@@ -3,6 +3,8 @@
 Each rank's reduced gradients are its part of what one process finds by autograd alone.
 """
 
+from typing import Any
+
 import pytest
 from harness import run_ranks
 from megatron_setup import (
@@ -81,10 +83,47 @@ def test_pipeline_stages_pick_their_mixers_by_global_layer(tied: bool) -> None:
     check(tiny("GDDN", tie_embeddings=tied), setting, ranks=4)
 
 
-def test_full_recomputation() -> None:
-    recompute = {"recompute_granularity": "full", "recompute_method": "uniform"}
-    setting = Setting(context=2, config={**recompute, "recompute_num_layers": 1})
-    check(tiny("GDN"), setting, ranks=2)
+RECOMPUTED: dict[str, dict[str, Any]] = {
+    "full, uniform": {"granularity": "full", "method": "uniform", "num_layers": 2},
+    "full, block": {"granularity": "full", "method": "block", "num_layers": 2},
+    "attention": {"granularity": "selective", "modules": ["core_attn"]},
+    "norms": {"granularity": "selective", "modules": ["layernorm"]},
+    "norms, attention and experts": {
+        "granularity": "selective",
+        "modules": ["layernorm", "core_attn", "moe"],
+    },
+}
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_recomputation_with_accumulated_gradients(name: str) -> None:
+    config = {f"recompute_{key}": value for key, value in RECOMPUTED[name].items()}
+    setting = Setting(context=2, layout="zigzag", microbatches=3, config=config)
+    check(tiny("GDNG"), setting, ranks=2)
+
+
+def calls_of_mix(rank: int, config: dict[str, Any]) -> int:
+    """How often the attention of one layer is computed in one step."""
+    state, calls = Rank(tiny("N"), Setting(context=2, config=config)), [0]
+    mixer = state.network.decoder.layers[0].self_attention
+    mix = mixer.mix
+
+    def counted(*args: Any) -> Tensor:
+        calls[0] += 1
+        return mix(*args)
+
+    mixer.mix = counted
+    train_step(state)
+    return calls[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("full, uniform", 2), ("attention", 2), ("norms", 1)]
+)
+def test_what_is_recomputed_is_what_was_asked_for(name: str, expected: int) -> None:
+    config = {f"recompute_{key}": value for key, value in RECOMPUTED[name].items()}
+    config |= {"recompute_num_layers": 1} if "full" in name else {}
+    assert run_ranks(calls_of_mix, 2, config) == [expected] * 2
 
 
 UNEVEN = {"variable_seq_lengths": True, "sequence_parallel": True}
