@@ -12,7 +12,9 @@ And gloo gathers and scatters only equal parts, where Megatron has unequal ones.
 """
 
 import contextlib
+import dataclasses
 import importlib
+import importlib.util
 import inspect
 import logging
 import types
@@ -65,6 +67,30 @@ def define_missing_names() -> None:
     vars(random).setdefault("FP8GlobalStateManager", no_fp8)
     for name in ("activation_recompute_forward", "fp8_autocast"):
         vars(random).setdefault(name, lambda **_: contextlib.nullcontext())
+
+
+def hybrid_stack(layers: dict[str, Any], norm: type) -> Any:
+    """The spec of Megatron's own stack of different layers; 0.16 calls it after Mamba.
+
+    Args:
+        layers: the layer specs by slot; those it does not have are left out.
+        norm: the norm at its end where there is no Transformer Engine, whose norm it takes.
+    """
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    try:
+        from megatron.core.models.hybrid import hybrid_block as block
+
+        stack, submodules = block.HybridStack, block.HybridStackSubmodules
+    except ImportError:
+        from megatron.core.ssm import mamba_block as block
+
+        stack, submodules = block.MambaStack, block.MambaStackSubmodules
+    if importlib.util.find_spec("transformer_engine") is None:
+        block.TENorm = norm
+    known = {field.name for field in dataclasses.fields(submodules)}
+    taken = {name: spec for name, spec in layers.items() if name in known}
+    return ModuleSpec(stack, submodules=submodules(**taken))
 
 
 def asynchronous_save_options() -> dict[str, Any]:
@@ -166,3 +192,12 @@ def _gather_unequal_parts() -> None:
 
     mappings._gather_along_first_dim = gathered
     mappings._reduce_scatter_along_first_dim = scattered
+
+
+def _pin_no_memory() -> None:
+    """Two flags of one function, pin_memory and non_blocking, are the only True in it."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    code = rope_utils.get_pos_emb_on_this_cp_rank.__code__
+    constants = tuple(False if value is True else value for value in code.co_consts)
+    rope_utils.get_pos_emb_on_this_cp_rank.__code__ = code.replace(co_consts=constants)

@@ -22,9 +22,8 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor
 
-from seqpar import Layout, SequenceParallel
 from seqpar.models.config import check_divides
-from seqpar.models.sequence import SequenceParallelParams
+from seqpar.models.sequence import CallSequence, SequenceParallelParams
 
 
 class SequenceMixer(MegatronModule, ABC):
@@ -38,9 +37,8 @@ class SequenceMixer(MegatronModule, ABC):
             tensor-parallel ranks.
         in_width, out_width: numbers a head takes from `in_proj`, and gives to `out_proj`. Both
             weights are laid out head by head, so a checkpoint fits any tensor-parallel size.
-        layout: how the sequence is cut over the context-parallel ranks ("contiguous" or "zigzag")
-            where the caller passes no SequenceParallelParams; None refuses such calls when there
-            is more than one rank.
+        layout: how the sequence is cut over the context-parallel ranks where the caller passes no
+            SequenceParallelParams, see CallSequence.
         pg_collection: the process groups; tp and cp are used.
 
     Raises:
@@ -65,8 +63,8 @@ class SequenceMixer(MegatronModule, ABC):
                 f"attention_dropout={config.attention_dropout} is not possible in "
                 f"{type(self).__name__}; set it to 0"
             )
-        self.tp_group, self.cp_group, self.layout = pg_collection.tp, pg_collection.cp, layout
-        self._whole: SequenceParallelParams | None = None  # of the last call without any
+        self.tp_group = pg_collection.tp
+        self.sequence = CallSequence(type(self).__name__, config, pg_collection.cp, layout)
         check_divides("tensor_model_parallel_size", self.tp_group.size(), "heads", heads)
         self.heads = heads // self.tp_group.size()
         # Megatron's selective recomputation; what is exchanged is exchanged once more then.
@@ -110,14 +108,14 @@ class SequenceMixer(MegatronModule, ABC):
 
         Raises:
             ValueError: an input this mixer would have to ignore (a mask, an inference context,
-                foreign packed sequences, ...).
+                ...), or a sequence cut in a way that is not said.
         """
         self._refuse(attention_mask=attention_mask, **inputs)
         projected, _ = self.in_proj(hidden_states)
-        params = self._sequence(packed_seq_params, projected.shape[0])
+        params = self.sequence(packed_seq_params, projected.shape[0])
         x = projected.transpose(0, 1).unflatten(-1, (self.heads, -1))
         if self.recomputes and self.training:
-            y = checkpoint(lambda *inputs: self.mix(*inputs, params), False, x, hidden_states)
+            y = checkpoint(lambda x, h: self.mix(x, h, params), False, x, hidden_states)
         else:
             y = self.mix(x, hidden_states, params)
         out, _ = self.out_proj(y.flatten(2).transpose(0, 1).contiguous())
@@ -166,28 +164,6 @@ class SequenceMixer(MegatronModule, ABC):
         parameter = torch.nn.Parameter(part.to(self.config.params_dtype, copy=True))
         set_tensor_model_parallel_attributes(parameter, True, 0, 1)
         return parameter
-
-    def _sequence(self, given: Any, tokens: int) -> SequenceParallelParams:
-        if isinstance(given, SequenceParallelParams):
-            given.check(self.config)
-            return given
-        if given is not None:
-            raise ValueError(
-                f"packed_seq_params is a {type(given).__name__}, {type(self).__name__} takes only "
-                "SequenceParallelParams: put the documents in a seqpar.Layout as cu_seqlens"
-            )
-        ranks = self.cp_group.size()
-        if ranks > 1 and self.layout is None:
-            raise ValueError(
-                f"the sequence is cut over {ranks} context-parallel ranks, but not said how: pass "
-                "SequenceParallelParams as packed_seq_params, or build the spec with "
-                'layout="zigzag" (what Megatron\'s get_batch_on_this_cp_rank does) or '
-                'layout="contiguous"'
-            )
-        if self._whole is None or self._whole.sp.layout.total_tokens != tokens * ranks:
-            layout = Layout(tokens * ranks, ranks, self.layout or "contiguous")
-            self._whole = SequenceParallelParams(SequenceParallel(self.cp_group, layout))
-        return self._whole
 
     def _refuse(self, **inputs: Any) -> None:
         for name, value in inputs.items():

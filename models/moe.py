@@ -85,7 +85,7 @@ class Experts(SequentialMLP):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for parameter in self.parameters():
-            parameter.allreduce = False
+            vars(parameter)["allreduce"] = False
 
 
 def moe_spec() -> ModuleSpec:

@@ -11,16 +11,31 @@ from seqpar import softmax_attention
 from seqpar.models.mixer import SequenceMixer
 from seqpar.models.sequence import SequenceParallelParams
 
-# Fields of TransformerConfig that would change the result, and the only value honoured here.
-_UNSUPPORTED = {
+# Fields of TransformerConfig that would change the result, and the only value honoured here: in the
+# product of scores and values, and before and after it.
+_SCORES = {
     "apply_query_key_layer_scaling": False,
+    "softmax_type": "vanilla",
+    "window_size": None,
+}
+_PROJECTIONS = {
     "attention_output_gate": False,
     "multi_latent_attention": False,
     "qk_layernorm": False,
     "rotary_interleaved": False,
-    "softmax_type": "vanilla",
-    "window_size": None,
 }
+
+
+def refuse_other_attention(config: TransformerConfig, owner: str, *, projected: bool) -> None:
+    """Raise ValueError where `config` asks for another kind of softmax attention than `owner`'s.
+
+    projected: whether others make the queries, keys and values.
+    """
+    for name, only in (_SCORES if projected else {**_SCORES, **_PROJECTIONS}).items():
+        if getattr(config, name, only) != only:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} is not possible in {owner}; set it to {only!r}"
+            )
 
 
 class SoftmaxAttention(SequenceMixer):
@@ -52,12 +67,7 @@ class SoftmaxAttention(SequenceMixer):
         pg_collection: ProcessGroupCollection,
         **_: Any,
     ) -> None:
-        for name, only in _UNSUPPORTED.items():
-            if getattr(config, name, only) != only:
-                raise ValueError(
-                    f"{name}={getattr(config, name)!r} is not possible in SoftmaxAttention; "
-                    f"set it to {only!r}"
-                )
+        refuse_other_attention(config, type(self).__name__, projected=False)
         dim, groups = config.kv_channels, config.num_query_groups
         queries = config.num_attention_heads // groups
         widths = [queries * dim, dim, dim]

@@ -1,16 +1,24 @@
 """Layer specs: one mixer for any Megatron model, or a whole hybrid chosen by a pattern."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from seqpar.models import compat
 from seqpar.models.config import ModelConfig, layer_mixers, resolved
+from seqpar.models.core_attention import CoreAttention
 from seqpar.models.gated_deltanet import GatedDeltaNet
 from seqpar.models.gla import GatedLinearAttention
+from seqpar.models.mixer import SequenceMixer
 from seqpar.models.moe import moe_spec
 from seqpar.models.norm import RMSNorm
 from seqpar.models.softmax import SoftmaxAttention
@@ -33,7 +41,8 @@ def linear_attention_spec(
         name: "gla" or "gated_deltanet".
         num_heads, head_dim, value_head_dim: its heads, their key and value dimensions.
         layout: "contiguous" or "zigzag", how the caller cuts the sequence over context-parallel
-            ranks; not needed where SequenceParallelParams are passed. Megatron cuts it zigzag.
+            ranks; not needed where SequenceParallelParams are passed. Megatron cuts it zigzag, and
+            packed documents (PackedSeqParams) one by one.
         **options: gate_rank (gla), conv_width (gated_deltanet).
 
     Raises:
@@ -64,14 +73,114 @@ def softmax_attention_spec(
     return ModuleSpec(SoftmaxAttention, params={**options, "layout": layout})
 
 
+def core_attention_spec(method: str = "auto", layout: str | None = "zigzag") -> ModuleSpec:
+    """Softmax attention for the `core_attention` slot of Megatron's own attention.
+
+    Megatron projects and turns; its rotary embedding takes the zigzag layout for granted.
+
+    Args:
+        method, layout: see softmax_attention_spec.
+    """
+    return ModuleSpec(CoreAttention, params={"method": method, "layout": layout})
+
+
+def pattern_spec(pattern: str, mixers: Mapping[str, ModuleSpec]) -> ModuleSpec:
+    """For the `self_attention` slot of one layer spec: another mixer in each layer.
+
+    Args:
+        pattern: one letter a layer, of all pipeline stages; spaces allowed ("LLLN LLLN").
+        mixers: what each letter stands for; specs of this module, or of any attention that works
+            on a cut sequence.
+
+    Raises:
+        ValueError: a letter that stands for nothing.
+    """
+    letters = "".join(pattern.split())
+    for letter in letters:
+        if letter not in mixers:
+            raise ValueError(
+                f"pattern={pattern!r} holds the letter {letter!r}; mixers has {', '.join(mixers)}"
+            )
+    return ModuleSpec(PatternMixer, params={"mixers": [mixers[letter] for letter in letters]})
+
+
 class PatternMixer:
     """Builds the mixer of a layer: `mixers` holds one spec a layer, by global layer number.
 
     Megatron numbers a layer over all pipeline stages, so one static spec serves any split.
+
+    Raises:
+        ValueError: no mixer for the layer; or, with more than one context-parallel rank, one that
+            would attend within its rank's tokens only.
     """
 
-    def __new__(cls, *, mixers: list[ModuleSpec], layer_number: int, **inputs: Any) -> Any:
-        return build_module(mixers[layer_number - 1], layer_number=layer_number, **inputs)
+    def __new__(
+        cls,
+        config: TransformerConfig,
+        *,
+        mixers: list[ModuleSpec],
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        **inputs: Any,
+    ) -> Any:
+        if not 0 < layer_number <= len(mixers):
+            raise ValueError(f"layer {layer_number} has no letter in a pattern of {len(mixers)}")
+        built = build_module(
+            mixers[layer_number - 1],
+            config=config,
+            layer_number=layer_number,
+            pg_collection=pg_collection,
+            **inputs,
+        )
+        core = getattr(built, "core_attention", built)
+        path = isinstance(core, SequenceMixer | CoreAttention) or "TE" in type(core).__name__
+        if pg_collection.cp.size() > 1 and not path:
+            raise ValueError(
+                f"layer {layer_number} is a {type(core).__name__}, which has no sequence-parallel "
+                f"path: its tokens are cut over {pg_collection.cp.size()} context-parallel ranks; "
+                "take linear_attention_spec, softmax_attention_spec or core_attention_spec"
+            )
+        return built
+
+
+def hybrid_stack_spec(
+    linear: ModuleSpec, *, softmax_method: str = "auto", layout: str | None = None
+) -> ModuleSpec:
+    """A stack for Megatron's own HybridModel (MambaModel in 0.16), its linear slot taken.
+
+    Its pattern's letters: `M` (and `G`, where Megatron has it) the linear mixer, `*` softmax
+    attention, `-` an MLP, `E` a mixture of experts.
+
+    Args:
+        linear: what `linear_attention_spec` returned.
+        softmax_method, layout: of softmax attention, see softmax_attention_spec.
+    """
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    mixing = ModuleSpec(
+        MambaLayer,
+        submodules=MambaLayerSubmodules(norm=RMSNorm, mixer=linear, mamba_bda=get_bias_dropout_add),
+    )
+    softmax = TransformerLayerSubmodules(
+        input_layernorm=RMSNorm,
+        self_attention=softmax_attention_spec(method=softmax_method, layout=layout),
+        self_attn_bda=get_bias_dropout_add,
+    )
+    mlp = TransformerLayerSubmodules(
+        pre_mlp_layernorm=RMSNorm,
+        mlp=ModuleSpec(MLP, submodules=linears),
+        mlp_bda=get_bias_dropout_add,
+    )
+    experts = TransformerLayerSubmodules(
+        pre_mlp_layernorm=RMSNorm, mlp=moe_spec(), mlp_bda=get_bias_dropout_add
+    )
+    layers = {
+        "mamba_layer": mixing,
+        "gdn_layer": mixing,
+        "attention_layer": ModuleSpec(TransformerLayer, submodules=softmax),
+        "mlp_layer": ModuleSpec(MLPLayer, submodules=mlp),
+        "moe_layer": ModuleSpec(TransformerLayer, submodules=experts),
+    }
+    return compat.hybrid_stack(layers, RMSNorm)
 
 
 def hybrid_layer_spec(model: ModelConfig, softmax_method: str = "auto") -> ModuleSpec:

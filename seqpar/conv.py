@@ -51,11 +51,16 @@ def causal_conv1d(
 class _Plan:
     """What follows from the layout: how many ranges this rank has, and for `reach` tokens before
     each token which of them belong to its document (see `Convolution`) and where they come from.
+
+    Ranges of different lengths are laid end to end, each after its halo, as one: `order` are the
+    rows of that among the halos' followed by x's, `own` those of x's tokens in it.
     """
 
     ranges: int
     seen: Tensor | None
     routes: Routes | None
+    order: Tensor | None = None
+    own: Tensor | None = None
 
 
 def _plan(sp: SequenceParallel, reach: int, device: torch.device) -> _Plan:
@@ -72,7 +77,20 @@ def _plan(sp: SequenceParallel, reach: int, device: torch.device) -> _Plan:
         seen = layout.positions(rank).clamp(max=reach).to(device, torch.int32)
     if reach and sp.exchanges:
         routes = Routes(layout.ranges, halos, sp.comm, device, room=reach)
-    return _Plan(len(segments), seen, routes)
+    lengths = [stop - start for start, stop in layout.ranges(rank)]
+    if len(set(lengths)) == 1 or not reach:
+        return _Plan(len(segments) if reach else 1, seen, routes)
+    halo = torch.arange(len(lengths) * reach if routes is not None else 0).split(reach)
+    order, at = [], len(lengths) * reach if routes is not None else 0
+    for i, length in enumerate(lengths):
+        order += [halo[i]] if routes is not None else []
+        order.append(torch.arange(at, at + length))
+        at += length
+    rows = torch.cat(order)
+    own = (rows >= rows.numel() - sum(lengths)).nonzero().flatten()
+    counted = torch.zeros(len(rows), dtype=torch.int32)
+    counted[own] = layout.positions(rank).clamp(max=reach).to(torch.int32)
+    return _Plan(1, counted.to(device), routes, rows.to(device), own.to(device))
 
 
 class _Conv(torch.autograd.Function):
@@ -97,19 +115,30 @@ class _Conv(torch.autograd.Function):
             sp.enter(f"causal_conv1d of width {width}", x=x)
             halo = plan.routes.bring(x, sp.comm, kind="halo")
         convolution = Convolution(silu, plan.ranges, plan.seen, triton)
-        ctx.save_for_backward(x, halo, weight, bias)
-        ctx.plan = convolution, plan.routes, sp
-        return convolution.forward(x, halo, weight, bias)
+        ctx.plan = convolution, plan, sp
+        if plan.order is None or plan.own is None:
+            ctx.save_for_backward(x, halo, weight, bias)
+            return convolution.forward(x, halo, weight, bias)
+        rows = x if halo is None else torch.cat([halo.transpose(0, 1), x], 1)
+        together = rows.index_select(1, plan.order)
+        ctx.save_for_backward(together, None, weight, bias)
+        return convolution.forward(together, None, weight, bias).index_select(1, plan.own)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, halo, weight, bias = ctx.saved_tensors
-        convolution, routes, sp = ctx.plan
+        convolution, plan, sp = ctx.plan
+        if plan.order is not None:
+            dy = dy.new_zeros(x.shape).index_copy_(1, plan.own, dy)
         dx, d_halo, d_weight, d_bias = convolution.backward(x, halo, weight, bias, dy)
-        if routes is not None and ctx.needs_input_grad[0]:
-            sp.enter("backward of causal_conv1d", x=x)
-            routes.give_back(d_halo, dx, sp.comm, kind="halo")
+        if plan.order is not None:
+            rows = torch.empty_like(dx).index_copy_(1, plan.order, dx)
+            d_halo, dx = rows.split([rows.shape[1] - len(plan.own), len(plan.own)], 1)
+            d_halo = d_halo.transpose(0, 1)
+        if plan.routes is not None and ctx.needs_input_grad[0]:
+            sp.enter("backward of causal_conv1d", x=dx)
+            plan.routes.give_back(d_halo, dx, sp.comm, kind="halo")
         return dx, d_weight, d_bias, None, None
 
 

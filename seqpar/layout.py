@@ -12,7 +12,7 @@ from torch import Tensor
 
 from seqpar.chain import Chain
 
-KINDS = ("contiguous", "zigzag")
+KINDS = ("contiguous", "zigzag", "document_zigzag")
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,13 @@ class Layout:
 
     contiguous: rank r holds the r-th piece of the stream (equal pieces, or `shard_sizes`).
     zigzag: the stream is cut in 2W equal pieces; rank r holds pieces r and 2W-1-r, in that order.
+    document_zigzag: the same with each document, one after the other (as Transformer Engine cuts
+    packed sequences). Each document then crosses all ranks, its state 2W-1 times.
 
     Args:
         total_tokens: length of the global stream.
         world_size: number of ranks W it is cut over.
-        kind: "contiguous" or "zigzag".
+        kind: "contiguous", "zigzag" or "document_zigzag".
         cu_seqlens: document boundaries in the stream, from 0 to total_tokens, ascending (empty
             documents are allowed); None for one document. Needs batch size 1.
         shard_sizes: tokens of each rank, contiguous only; None for equal pieces.
@@ -112,9 +114,14 @@ class Layout:
     def ranges(self, rank: int) -> list[tuple[int, int]]:
         """The global token ranges [start, stop) of `rank`, in its local order."""
         self._check_rank(rank)
-        if self.kind == "zigzag":
-            size = self.total_tokens // (2 * self.world_size)
-            return [(i * size, (i + 1) * size) for i in (rank, 2 * self.world_size - 1 - rank)]
+        if self.kind != "contiguous":
+            cut = self.documents if self.kind == "document_zigzag" else (0, self.total_tokens)
+            return [
+                (start + i * size, start + (i + 1) * size)
+                for start, stop in pairwise(cut)
+                for size in [(stop - start) // (2 * self.world_size)]
+                for i in (rank, 2 * self.world_size - 1 - rank)
+            ]
         start = sum(self.shard_sizes[:rank])
         return [(start, start + self.shard_sizes[rank])]
 
@@ -207,7 +214,16 @@ class Layout:
 
     def _shard_sizes(self, sizes: Sequence[int] | None) -> tuple[int, ...]:
         if sizes is None:
-            pieces = self.world_size * (2 if self.kind == "zigzag" else 1)
+            pieces = self.world_size * (1 if self.kind == "contiguous" else 2)
+            for start, stop in pairwise(self.documents if self.kind == "document_zigzag" else ()):
+                if (stop - start) % pieces:
+                    below = (stop - start) // pieces * pieces
+                    nearest = ", ".join(str(n) for n in (below, below + pieces) if n)
+                    raise ValueError(
+                        f"the document [{start}, {stop}) has {stop - start} tokens, it must have a "
+                        f"multiple of {pieces} for kind={self.kind!r} over world_size="
+                        f"{self.world_size}; nearest: {nearest}; pad it"
+                    )
             if self.total_tokens % pieces:
                 below = self.total_tokens // pieces * pieces
                 nearest = ", ".join(str(n) for n in (below, below + pieces) if n)

@@ -36,13 +36,15 @@ class Source:
 
     @property
     def layer(self) -> str:
-        return self.path.parts[0]
+        """Its folder's; a module of seqpar/ named like a folder gives that folder's names."""
+        named = self.path.parts[0] == "seqpar" and self.path.stem in LINKED
+        return self.path.stem if named else self.path.parts[0]
 
     @property
     def package(self) -> list[str]:
         """The dotted parts of the package that the file belongs to."""
         folder = list(self.path.parent.parts)
-        return folder if self.layer == "seqpar" else ["seqpar", *folder]
+        return folder if folder[0] == "seqpar" else ["seqpar", *folder]
 
     def nodes(self) -> Iterator[ast.AST]:
         return ast.walk(ast.parse(self.text, self.path))

@@ -13,8 +13,12 @@ from seqpar import Layout
 @st.composite
 def layouts(draw: st.DrawFn) -> Layout:
     world_size = draw(st.integers(1, 5))
-    kind = draw(st.sampled_from(["contiguous", "zigzag", "uneven"]))
+    kind = draw(st.sampled_from(["contiguous", "zigzag", "document_zigzag", "uneven"]))
     sizes = None
+    if kind == "document_zigzag":
+        lengths = draw(st.lists(st.integers(0, 3), min_size=1, max_size=5).filter(any))
+        bounds = [0, *itertools.accumulate(2 * world_size * n for n in lengths)]
+        return Layout(bounds[-1], world_size, kind, bounds)
     if kind == "uneven":
         sizes = draw(st.lists(st.integers(1, 9), min_size=world_size, max_size=world_size))
         total = sum(sizes)
@@ -75,6 +79,12 @@ def test_the_chain_links_ranges_that_share_a_document(layout: Layout) -> None:
     assert chain.backwards.backwards == chain
 
 
+def test_document_zigzag_gives_each_rank_two_pieces_of_each_document() -> None:
+    layout = Layout(24, 2, "document_zigzag", [0, 8, 8, 24])
+    assert layout.ranges(0) == [(0, 2), (6, 8), (8, 12), (20, 24)]
+    assert layout.ranges(1) == [(2, 4), (4, 6), (12, 16), (16, 20)]
+
+
 def test_zigzag_gives_each_rank_an_early_and_a_late_piece() -> None:
     layout = Layout(16, 2, "zigzag")
     assert [layout.ranges(rank) for rank in range(2)] == [[(0, 4), (12, 16)], [(4, 8), (8, 12)]]
@@ -85,6 +95,15 @@ def test_zigzag_gives_each_rank_an_early_and_a_late_piece() -> None:
     [
         ({"total_tokens": 1001, "world_size": 4}, "multiple of 4 .* nearest: 1000, 1004"),
         ({"total_tokens": 12, "world_size": 4, "kind": "zigzag"}, "multiple of 8.*: 8, 16"),
+        (
+            {
+                "total_tokens": 16,
+                "world_size": 2,
+                "kind": "document_zigzag",
+                "cu_seqlens": [0, 10, 16],
+            },
+            r"document \[0, 10\) has 10 tokens, .* multiple of 4 .* nearest: 8, 12; pad it",
+        ),
         ({"total_tokens": 3, "world_size": 4}, "nearest: 4"),
         ({"total_tokens": 0, "world_size": 1}, "total_tokens=0 must be a whole number from 1"),
         ({"total_tokens": 8, "world_size": 2, "kind": "striped"}, "kind='striped' must be one of"),

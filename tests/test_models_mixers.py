@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import assert_close, run_ranks
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron_setup import Rank, Setting, tiny
 from torch import Tensor
@@ -217,7 +216,6 @@ GLA = linear_attention_spec("gla", **SIZES)
         (GLA, {}, {"attention_mask": torch.ones(1)}, "attention_mask is given, GatedLinear"),
         (GLA, {}, {"inference_context": object()}, "inference_context is given"),
         (GLA, {}, {"a_later_versions_input": 1}, "a_later_versions_input is given"),
-        (GLA, {}, {"packed_seq_params": PackedSeqParams()}, "a PackedSeqParams, .* cu_seqlens"),
         (softmax_attention_spec(), {"qk_layernorm": True}, {}, "qk_layernorm=True .* to False"),
         (softmax_attention_spec(), {}, {"rotary_pos_emb": torch.ones(1)}, "rotary_pos_emb is"),
     ],

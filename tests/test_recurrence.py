@@ -18,6 +18,7 @@ DOCUMENTS: dict[str, tuple[int, ...] | None] = {
     "whole": None,
     "packed": (0, 1, 40, 96, 97, 160, 160, 192),  # one token, over ranks, from a rank's edge, empty
     "random": (0, *sorted(random.Random(5).sample(range(1, TOKENS), 9)), TOKENS),
+    "even": (0, 48, 48, 144, 192),  # which ranks can cut zigzag one by one
 }
 
 EXCHANGES = ("allgather", "ring", "allscan", "doubling", "twolevel")
@@ -163,6 +164,7 @@ def make_layout(world_size: int, kind: str, documents: str, tokens: int = TOKENS
         *[(exchange, 3, "zigzag", "packed") for exchange in EXCHANGES[1:]],
         *[(exchange, 4, "contiguous", "whole") for exchange in EXCHANGES[1:]],
         ("auto", 4, "uneven", "random"),
+        *[(exchange, 3, "document_zigzag", "even") for exchange in EXCHANGES],
     ],
     ids=lambda arguments: "-".join(map(str, arguments)),
 )
@@ -179,6 +181,13 @@ def test_the_full_product_equals_the_token_loop(
     exchange: str, world_size: int, kind: str, documents: str
 ) -> None:
     check(exchange, world_size, kind, documents)
+
+
+@pytest.mark.complete
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_documents_cut_zigzag_equal_the_token_loop(exchange: str, world_size: int) -> None:
+    check(exchange, world_size, "document_zigzag", "even")
 
 
 @pytest.mark.complete

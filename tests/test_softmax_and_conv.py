@@ -75,6 +75,14 @@ def layouts(world_size: int, kind: str, packed: bool) -> seqpar.Layout:
     return seqpar.Layout(TOKENS, world_size, kind, PACKED if packed else None)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_documents_that_are_cut_zigzag_one_by_one(world_size: int) -> None:
+    layout = seqpar.Layout(TOKENS, world_size, "document_zigzag", [0, 24, 24, 72, 96])
+    softmax = [softmax_case(1, True, method) for method in METHODS]
+    for case in (*softmax, *(conv_case(1, width) for width in (1, 4, 8))):
+        check(case, layout, torch.float64, 1e-10)
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
