@@ -54,6 +54,7 @@ def install() -> None:
     _share_the_random_state()
     _keep_splits_on_the_host()
     _gather_unequal_parts()
+    _pin_no_memory()
 
 
 def define_missing_names() -> None:
