@@ -12,6 +12,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -35,6 +36,8 @@ class SequenceMixer(MegatronModule, ABC):
         config: the model's configuration.
         heads: number of heads (of key-value groups for softmax attention), cut over the
             tensor-parallel ranks.
+        shared: whether several of these ranks may share a head: each then has all of its
+            `in_width` numbers, and gives its part of the `out_width`.
         in_width, out_width: numbers a head takes from `in_proj`, and gives to `out_proj`. Both
             weights are laid out head by head, so a checkpoint fits any tensor-parallel size.
         layout: how the sequence is cut over the context-parallel ranks where the caller passes no
@@ -54,6 +57,7 @@ class SequenceMixer(MegatronModule, ABC):
         heads: int,
         in_width: int,
         out_width: int,
+        shared: bool = False,
         layout: str | None,
         pg_collection: ProcessGroupCollection,
     ) -> None:
@@ -65,8 +69,11 @@ class SequenceMixer(MegatronModule, ABC):
             )
         self.tp_group = pg_collection.tp
         self.sequence = CallSequence(type(self).__name__, config, pg_collection.cp, layout)
-        check_divides("tensor_model_parallel_size", self.tp_group.size(), "heads", heads)
-        self.heads = heads // self.tp_group.size()
+        ranks = self.tp_group.size()
+        self.share = ranks // heads if shared and ranks > heads else 1  # ranks of one head
+        check_divides("tensor_model_parallel_size", ranks, "heads", heads * self.share)
+        check_divides("the ranks of a head", self.share, "the width of a head", in_width)
+        self.heads = heads * self.share // ranks
         # Megatron's selective recomputation; what is exchanged is exchanged once more then.
         selective = config.recompute_granularity == "selective"
         self.recomputes = selective and "core_attn" in config.recompute_modules
@@ -113,6 +120,10 @@ class SequenceMixer(MegatronModule, ABC):
         self._refuse(attention_mask=attention_mask, **inputs)
         projected, _ = self.in_proj(hidden_states)
         params = self.sequence(packed_seq_params, projected.shape[0])
+        if self.share > 1:
+            whole = all_gather_last_dim_from_tensor_parallel_region(projected, self.tp_group)
+            heads = self.tp_group.size() // self.share
+            projected = whole.chunk(heads, -1)[self.tp_group.rank() // self.share]
         x = projected.transpose(0, 1).unflatten(-1, (self.heads, -1))
         if self.recomputes and self.training:
             y = checkpoint(lambda x, h: self.mix(x, h, params), False, x, hidden_states)

@@ -76,6 +76,7 @@ class SoftmaxAttention(SequenceMixer):
             heads=groups,
             in_width=sum(widths),
             out_width=queries * dim,
+            shared=True,
             layout=layout,
             pg_collection=pg_collection,
         )
@@ -86,6 +87,7 @@ class SoftmaxAttention(SequenceMixer):
     def mix(self, x: Tensor, hidden_states: Tensor, params: SequenceParallelParams) -> Tensor:
         """See SequenceMixer; a head of x is a group of query heads with their key and value."""
         q, k, v = x.split(self.widths, -1)
+        q = q.chunk(self.share, -1)[self.tp_group.rank() % self.share]
         q = q.unflatten(-1, (-1, self.head_dim)).flatten(2, 3)
         if self.rotary_dim:
             cos, sin = params.rotary(self.rotary_dim, self.rope_base, x.device)

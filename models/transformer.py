@@ -60,7 +60,8 @@ def transformer_config(
     for name, size in sizes.items():
         check_at_least(name, size, 1)
     check_divides("tensor_parallel", tensor_parallel, "model.num_heads", model.num_heads)
-    check_divides("tensor_parallel", tensor_parallel, "model.kv_heads", model.kv_heads)
+    if tensor_parallel % model.kv_heads:  # otherwise several ranks share one
+        check_divides("tensor_parallel", tensor_parallel, "model.kv_heads", model.kv_heads)
     check_divides("tensor_parallel", tensor_parallel, "model.vocab_size", model.vocab_size)
     check_divides(
         "tensor_parallel", tensor_parallel, "model.ffn_hidden_size", model.ffn_hidden_size

@@ -53,6 +53,7 @@ class Setting:
     expert_tensor: int = 1
     stages: tuple[int, ...] | None = None  # layers of each pipeline stage
     distributed: bool = False  # optimizer
+    softmax: str = "auto"  # method
     layout: str = "contiguous"
     shards: tuple[int, ...] | None = None  # tokens of each rank, where they differ
     documents: tuple[int, ...] | None = DOCUMENTS
@@ -96,7 +97,9 @@ class Rank:
             stages=setting.stages,
             **setting.config,
         )
-        self.stages: list[Any] = build_language_model(model, self.config, groups)
+        self.stages: list[Any] = build_language_model(
+            model, self.config, groups, softmax_method=setting.softmax
+        )
         self.experts, self.tied = model.num_experts, model.tie_embeddings
 
     @property

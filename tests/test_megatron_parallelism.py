@@ -83,6 +83,17 @@ def test_pipeline_stages_pick_their_mixers_by_global_layer(tied: bool) -> None:
     check(tiny("GDDN", tie_embeddings=tied), setting, ranks=4)
 
 
+@pytest.mark.parametrize("method", ["allgather", "ring", "ulysses"])
+@pytest.mark.parametrize(("tensor", "context", "kv_heads"), [(2, 4, 2), (4, 2, 2), (4, 1, 1)])
+def test_fewer_kv_heads_than_tensor_and_context_ranks(
+    method: str, tensor: int, context: int, kv_heads: int
+) -> None:
+    """Also than tensor-parallel ranks, which then share them."""
+    setting = Setting(tensor=tensor, context=context, layout="zigzag", softmax=method)
+    model = tiny("NG", num_experts=0, kv_heads=kv_heads, head_dim=4)
+    check(model, setting, ranks=tensor * context)
+
+
 RECOMPUTED: dict[str, dict[str, Any]] = {
     "full, uniform": {"granularity": "full", "method": "uniform", "num_layers": 2},
     "full, block": {"granularity": "full", "method": "block", "num_layers": 2},

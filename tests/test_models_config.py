@@ -83,7 +83,11 @@ def test_bad_models(fields: dict[str, Any], message: str) -> None:
     ("fields", "sizes", "message"),
     [
         ({}, {"tensor_parallel": 3}, "tensor_parallel=3 must divide model.num_heads=4; nearest"),
-        ({}, {"tensor_parallel": 4}, "tensor_parallel=4 must divide model.kv_heads=2"),
+        (
+            {"kv_heads": 3, "num_heads": 6, "hidden_size": 24},
+            {"tensor_parallel": 2},
+            "tensor_parallel=2 must divide model.kv_heads=3; nearest: 1, 3",
+        ),
         ({"vocab_size": 33}, {"tensor_parallel": 2}, "must divide model.vocab_size=33"),
         ({}, {"pipeline_parallel": 2}, "must divide the layers of model.pattern=3; nearest: 1, 3"),
         ({}, {"expert_parallel": 3}, "expert_parallel=3 must divide model.num_experts=4"),
