@@ -33,6 +33,7 @@ _MODULES_WITH_LITERALS = (
     "megatron.core.optimizer.optimizer",
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.transformer.moe.moe_utils",
+    "megatron.core.transformer.utils",
     "megatron.core.utils",
 )
 

@@ -133,7 +133,8 @@ class PatternMixer:
             **inputs,
         )
         core = getattr(built, "core_attention", built)
-        path = isinstance(core, SequenceMixer | CoreAttention) or "TE" in type(core).__name__
+        path = isinstance(core, SequenceMixer | CoreAttention)
+        path = path or type(core).__module__ == "megatron.core.extensions.transformer_engine"
         if pg_collection.cp.size() > 1 and not path:
             raise ValueError(
                 f"layer {layer_number} is a {type(core).__name__}, which has no sequence-parallel "

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from seqpar.models.config import ModelConfig as ModelConfig
     from seqpar.models.language_model import Batch as Batch
     from seqpar.models.language_model import build_language_model as build_language_model
+    from seqpar.models.language_model import forward_step as forward_step
+    from seqpar.models.norm import RMSNorm as RMSNorm
     from seqpar.models.sequence import SequenceParallelParams as SequenceParallelParams
     from seqpar.models.specs import core_attention_spec as core_attention_spec
     from seqpar.models.specs import hybrid_stack_spec as hybrid_stack_spec
@@ -23,9 +26,12 @@ __path__ = [str(Path(__file__).with_suffix(""))]
 
 _HOMES = {
     "Batch": "language_model",
+    "ModelConfig": "config",
+    "RMSNorm": "norm",
     "SequenceParallelParams": "sequence",
     "build_language_model": "language_model",
     "core_attention_spec": "specs",
+    "forward_step": "language_model",
     "hybrid_stack_spec": "specs",
     "linear_attention_spec": "specs",
     "pattern_spec": "specs",
