@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 
+from seqpar.cost import Links
 from seqpar.launch.data import Corpus
 from seqpar.launch.failure import together
 from seqpar.launch.setup import Run
@@ -98,6 +99,8 @@ def save(run: Run, folder: Path, progress: Progress, common: dict[str, Any]) -> 
         if first:
             files = {name: entry for share in shares for name, entry in share.items()}
             content = dataclasses.asdict(progress) | {"common": common, "files": files}
+            if run.links is not None:
+                content["links"] = dataclasses.asdict(run.links)
             (temporary / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
             for path in (temporary / MANIFEST, temporary):
                 _flush(path)
@@ -154,7 +157,15 @@ def load(run: Run, folder: Path, resume: str, common: dict[str, Any]) -> Progres
         group.update(own)  # the configuration's, should they have been changed since
     run.scheduler.load_state_dict(state["scheduler"])
     _set_random_state(state["random"])
+    run.links = _links(run, manifest.get("links"))
     return Progress(manifest["step"], manifest["sequence"])
+
+
+def _links(run: Run, saved: dict[str, Any] | None) -> Links | None:
+    """The figures a run began by, so that it chooses as before; its own on other ranks."""
+    if run.links is None or saved is None or len(saved["nodes"]) != len(run.links.nodes):
+        return run.links
+    return Links(**saved | {"nodes": run.links.nodes})
 
 
 def _state(run: Run, is_loading: bool) -> dict[str, Any]:
