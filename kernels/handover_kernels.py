@@ -67,15 +67,16 @@ def _send_product(
 ):
     """Write A S + B to `goes`, for S [BK, BV] at `came` and A dense; or B alone."""
     SIDE: tl.constexpr = BK if BK < 64 else 64
+    STEP: tl.constexpr = BK if BK < 32 else 32  # more would not fit in registers
     cols = tl.arange(0, BV)
-    for first in tl.static_range(0, BK, SIDE):
+    for first in tl.range(0, BK, SIDE):
         row = first + tl.arange(0, SIDE)
         inside = (row < K)[:, None] & (col < V)[None, :]
         at = head * (K * V) + row[:, None] * V + col[None, :]
         out = tl.load(B + at, mask=inside, other=0.0)
         if THROUGH:
-            for start in tl.static_range(0, BK, SIDE):
-                inner = start + tl.arange(0, SIDE)
+            for start in tl.range(0, BK, STEP):
+                inner = start + tl.arange(0, STEP)
                 A_tile = tl.load(
                     A + head * (K * K) + row[:, None] * K + inner[None, :],
                     mask=(row < K)[:, None] & (inner < K)[None, :],

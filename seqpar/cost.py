@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from seqpar.chain import Chain
 from seqpar.comm import Communicator
-from seqpar.exchange import allscan, handover
+from seqpar.exchange import Exchange, allgather, allscan, handover
 from seqpar.kernels.transition import Identity
 from seqpar.layout import Layout
 
@@ -187,9 +187,16 @@ def measure(comm: Communicator, device: torch.device, node_size: int | None = No
         figures[1] = figures[0]
     elif max(nodes.count(node) for node in nodes) == 1:
         figures[0] = figures[1]
-    little = torch.zeros(16, device=device)
-    gathering = slowest(lambda: comm.all_gather(little, "measure").wait())
-    direct = _direct(comm, device, slowest)
+    chain = Layout(comm.size, comm.size).chain
+    state = torch.zeros(1, 1, 1, 16, 16, device=device)  # next to nothing
+
+    def exchanged(start: Exchange) -> float:
+        return slowest(lambda: start(Identity(), state[..., :0, :0], state, chain, comm)())
+
+    direct = 0.0
+    if handover(comm, state) is not None:
+        direct = exchanged(allscan) / (comm.size - 1)
+    gathering = exchanged(allgather)
     return Links(nodes, *figures[0], *figures[1], gathering=gathering, direct=direct)
 
 
@@ -212,18 +219,6 @@ def _shift(comm: Communicator, to: int | None, source: int | None, both: torch.T
     """Hand both[0] to the next rank and get as much from the one before."""
     if to is not None and source is not None:
         comm.wait(comm.send_receive([(both[0], to)], [(both[1], source)], "measure"), "measure")
-
-
-def _direct(
-    comm: Communicator, device: torch.device, slowest: Callable[[Callable[[], object]], float]
-) -> float:
-    """Seconds a hop through peers' memory takes; 0 where there is none."""
-    state = torch.zeros(1, 1, 1, 16, 16, device=device)
-    if handover(comm, state) is None:
-        return 0.0
-    chain = Layout(comm.size, comm.size).chain
-    work = partial(allscan, Identity(), state[..., :0, :0], state, chain, comm)
-    return slowest(lambda: work()()) / (comm.size - 1)
 
 
 def choose_softmax(

@@ -273,7 +273,7 @@ def _unpack(packed: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """[..., elements] -> A and B of one range each, [..., *shape]."""
     parts = packed.split([A[0].numel(), B[0].numel()], -1)
     lead = packed.shape[:-1]
-    return parts[0].reshape(*lead, *A.shape[1:]), parts[1].reshape(*lead, *B.shape[1:])
+    return parts[0].view(*lead, *A.shape[1:]), parts[1].view(*lead, *B.shape[1:])
 
 
 def _send(comm: Communicator, x: Tensor, to: int) -> tuple[Any, Tensor]:

@@ -11,6 +11,8 @@ log then names the call and the rank that did not come.
 """
 
 import logging
+import os
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -29,8 +31,9 @@ from seqpar.kernels.tuned import ceil_div, padded
 logger = logging.getLogger(__name__)
 
 WIDEST = 256  # rows of a state that fit a program
-COLUMNS = 32  # of a tile
+COLUMNS = 64  # of a tile
 PROGRAMS = 32  # at most, so that other kernels find room beside those that wait
+WARPS = 8
 LOOKS = 10_000  # by which the pace of waiting is measured
 SPARE = 16  # numbers at the end of the memory, for a greeting
 
@@ -162,6 +165,7 @@ class Handover(Once):
                 BV=columns,
                 KIND=_kind(A),
                 **given,
+                num_warps=WARPS,
             )
             own, before, after = (self._memory[each] for each in (rank, source, target))
             return launch, (
@@ -229,7 +233,7 @@ def _limit(comm: Communicator, device: torch.device) -> int:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for looks in (1, LOOKS):  # the first compiles
         begin.record()
-        pace_kernel[(PROGRAMS,)](counters, looks)
+        pace_kernel[(PROGRAMS,)](counters, looks, num_warps=WARPS)
         end.record()
         end.synchronize()
     pace = begin.elapsed_time(end) / 1000 / LOOKS
@@ -244,12 +248,17 @@ def _watched(comm: Communicator) -> Tensor:
     value = late.numpy()
 
     def watch() -> None:
+        main = threading.main_thread()
         running = True
         while running and not value[0]:
-            running = threading.main_thread().is_alive()  # looks once more when that has ended
+            running = main.is_alive()  # looks once more when that has ended
             time.sleep(0.1)
         if value[0]:
             logger.error("%s", comm.failure(_lateness(comm, value[0])))
+            main.join()
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(1)  # what else ends with a process would wait for a GPU that has stopped
 
     threading.Thread(target=watch, name="seqpar-watch").start()
     return late
@@ -257,4 +266,4 @@ def _watched(comm: Communicator) -> Tensor:
 
 def _lateness(comm: Communicator, late: int) -> RuntimeError:
     seconds = 0.8 * comm.timeout.total_seconds()
-    return RuntimeError(f"rank {late - 1} handed on nothing for {seconds:.0f} s")
+    return RuntimeError(f"waited {seconds:.0f} s for rank {late - 1} in vain")

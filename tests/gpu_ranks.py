@@ -46,6 +46,7 @@ def run_on_gpus(
                 "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
                 "LOCAL_RANK": str(rank),
                 "LOCAL_WORLD_SIZE": str(size),
+                "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",  # takes its time
             }
             words = [module, function, str(rank), str(size), f"{folder}/store", str(group_timeout)]
             outputs.append(open(f"{folder}/{rank}", "w+"))  # noqa: SIM115
@@ -59,10 +60,13 @@ def run_on_gpus(
             )
         waited: dict[int, float] = {}
         wanted = survivors if survivors is not None else list(range(size))
-        while len(waited) < len(wanted) and time.monotonic() < begin + timeout:
+        deadline = begin + timeout
+        while len(waited) < len(wanted) and time.monotonic() < deadline:
             for rank in wanted:
                 if rank not in waited and ranks[rank].poll() is not None:
                     waited[rank] = time.monotonic() - begin
+                    if ranks[rank].returncode:  # the others will not get further
+                        deadline = min(deadline, time.monotonic() + 5)
             time.sleep(0.05)
         ended = []
         for rank, (process, output) in enumerate(zip(ranks, outputs, strict=True)):
@@ -75,20 +79,15 @@ def run_on_gpus(
         return ended
 
 
-def check_on_gpus(module: str, function: str, size: int = 2) -> None:
-    """The same, and fail with what a rank printed unless all end well."""
-    for rank, ended in enumerate(run_on_gpus(module, function, size=size)):
-        assert ended.code == 0, f"rank {rank} ended with {ended.code}:\n{ended.output[-6000:]}"
-        print(f"rank {rank}: {ended.output}")
-
-
 def main() -> None:
     """One rank: MODULE FUNCTION RANK SIZE STORE TIMEOUT."""
     module, function, rank, size, store, timeout = sys.argv[1:]
     torch.set_num_threads(1)
-    torch.cuda.set_device(int(rank))
+    cuda = torch.cuda.is_available()  # without, to try the tests themselves, as far as that goes
+    if cuda:
+        torch.cuda.set_device(int(rank))
     dist.init_process_group(
-        "nccl",
+        "nccl" if cuda else "gloo",
         init_method=f"file://{store}",
         rank=int(rank),
         world_size=int(size),

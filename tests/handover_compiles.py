@@ -27,7 +27,7 @@ def build(kernel: Any, **constants: object) -> str:
         (names.index(name),): [["tt.divisibility", 16]] for name in names if name in POINTERS
     }
     source = ASTSource(kernel, signature, constexprs=places, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
     print(kernel.fn.__name__, constants, compiled.metadata.shared, "bytes of shared memory")
     ptx: str = compiled.asm["ptx"]
     return ptx
@@ -38,7 +38,7 @@ if __name__ == "__main__":
         assert "ld.global.sys.acquire" in build(kernel)
     ends = ((True, True), (True, False), (False, True))
     for kind, (receives, sends) in product(("none", "scalar", "diagonal", "dense"), ends):
-        size = {"K": 128, "V": 128, "BK": 128, "BV": 32}
+        size = {"K": 128, "V": 128, "BK": 128, "BV": 64}
         flags = {"RECEIVES": receives, "SENDS": sends, "THROUGH": receives}
         ptx = build(handover_kernel, KIND=kind, **size, **flags)
         assert "ld.global.sys.acquire" in ptx
