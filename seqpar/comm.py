@@ -91,6 +91,13 @@ class Communicator:
         """
         if self._agreement is not None:
             self._agreement.reach(call)
+            self.shared.once("connected", self._connect)
+
+    def _connect(self) -> None:
+        """NCCL connects a group when it is first used, which must be by all of its ranks; messages
+        between some of them, as exchanges of documents send, would wait for the others."""
+        if "nccl" in dist.get_backend(self.group):
+            self.barrier()
 
     def wait(self, works: Sequence[Any], kind: str = "other") -> None:
         """Wait for messages under way.

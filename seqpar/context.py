@@ -119,14 +119,14 @@ class SequenceParallel(Once):
         size = self.comm.size
         if size == 1:
             return
+        one = [1] * size
+        self.comm.all_to_all(torch.zeros(size, device=device), one, one, "warm-up").wait()
         layout = Layout(2 * size, size, self.layout.kind)  # one document: every range is linked
         B = torch.zeros(len(layout.ranges(self.rank)), 1, 1, 16, 16, device=device)
         for name in EXCHANGES if self.exchange == "auto" else (self.exchange,):
             options = choose(name, layout.chain, self.links, 0, 0).options
             for chain in (layout.chain, layout.chain.backwards):
                 EXCHANGES[name](Identity(), B[..., :0, :0], B, chain, self.comm, **options)()
-        one = [1] * size
-        self.comm.all_to_all(torch.zeros(size, device=device), one, one, "warm-up").wait()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 

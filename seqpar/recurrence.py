@@ -126,7 +126,8 @@ def _scan(
 
     def late() -> Tensor:
         arrived = [none[:, 0] if state is None else state for state in arriving()]
-        family.scan(A, B, pieces, torch.stack(arrived, 1), states, backwards=backwards)
+        together = torch.stack(arrived, 1) if ranges > 1 else arrived[0][:, None]
+        family.scan(A, B, pieces, together, states, backwards=backwards)
         return states
 
     return late
