@@ -30,6 +30,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 
+from seqpar.cost import Links
 from seqpar.launch.data import Corpus
 from seqpar.launch.failure import together
 from seqpar.launch.optimizer_state import load_state, sharded_state
@@ -81,6 +82,8 @@ class Saving:
             "common": common,
             "drawn_by": _drawn_by(run),
         }
+        if run.links is not None:
+            self._content["links"] = dataclasses.asdict(run.links)
         self.path = folder / f"step_{progress.step:08d}"
         self._temporary = folder / f"{_TEMPORARY}{self.path.name}"
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -232,12 +235,20 @@ def load(run: Run, folder: Path, resume: str, common: dict[str, Any]) -> Progres
     run.scheduler.load_state_dict(state["scheduler"])
     if "random" in wanted:
         _set_random_state(state["random"])
+    run.links = _links(run, manifest.get("links"))
     return Progress(manifest["step"], manifest["sequence"])
 
 
 def _drawn_by(run: Run) -> list[int]:
     """The numbers of ranks whose random numbers differ."""
     return [run.sizes.tensor, run.sizes.pipeline, run.sizes.expert, run.sizes.expert_tensor]
+
+
+def _links(run: Run, saved: dict[str, Any] | None) -> Links | None:
+    """The figures a run began by, so that it chooses as before; its own on other ranks."""
+    if run.links is None or saved is None or len(saved["nodes"]) != len(run.links.nodes):
+        return run.links
+    return Links(**saved | {"nodes": run.links.nodes})
 
 
 def _state(run: Run, is_loading: bool) -> dict[str, Any]:

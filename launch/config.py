@@ -55,9 +55,9 @@ class ParallelSection:
     layout: Literal["contiguous", "zigzag"] = "contiguous"
     exchange: str = "auto"  # how memory states cross ranks
     softmax: str = "auto"  # how keys and values of softmax layers cross ranks
-    # whether "auto" reckons with links measured at the start, not with those usual for GPUs; a
-    # resumed run may then choose differently, and equal its predecessor only up to rounding
-    measure_links: bool = False
+    # whether "auto" reckons with links measured at the start, not with those usual for GPUs; null:
+    # on GPUs. A run that is resumed on as many ranks goes on with the figures it began by
+    measure_links: bool | None = None
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Builds what a training run consists of on this rank: groups, model, optimizer, schedule."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 
+from seqpar import Layout, SequenceParallel
 from seqpar.comm import Communicator
 from seqpar.cost import Links, measure
 from seqpar.launch.checks import Sizes
@@ -104,13 +105,22 @@ def build(config: Config, sizes: Sizes, control: Communicator) -> Run:
     model_config.finalize_model_grads_func = finalize_model_grads
     model_config.grad_scale_func = optimizer.scale_loss
     sequence = Communicator(groups.cp)
+    measured = config.parallel.measure_links
+    links = None
+    if sequence.size > 1 and (device.type == "cuda" if measured is None else measured):
+        links = measure(sequence, device)
+        links = replace(control.broadcast_object(links), nodes=links.nodes)  # all choose alike
+    layout = Layout(2 * sizes.context, sizes.context, config.parallel.layout)
+    SequenceParallel(
+        layout=layout, exchange=config.parallel.exchange, comm=sequence, links=links
+    ).warm_up(device)
     return Run(
         config,
         sizes,
         groups,
         control,
         sequence,
-        measure(sequence, device) if config.parallel.measure_links else None,
+        links,
         device,
         model,
         optimizer,

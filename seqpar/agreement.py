@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
+from seqpar.kernels.once import Once
+
 REMEMBERED = 4096
 """How many calls are known by heart. Layouts of packed documents are new at every step."""
 
@@ -35,13 +37,20 @@ def agreement_of(group: dist.ProcessGroup) -> "Agreement":
     return _agreements[group]
 
 
-class Agreement:
-    """What the ranks of one process group announced to each other."""
+class Agreement(Once):
+    """What the ranks of one process group announced to each other, and whatever else there must be
+    one of for each group.
+
+    It is of the host alone: capturing a CUDA graph announces like any call, a replay does not.
+
+    Attributes: timeout, the process group's.
+    """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
         self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
         self._store = PrefixStore(f"seqpar/{group.group_name}", _get_default_store())
-        self._timeout = _timeout(group)
+        self.timeout = _timeout(group)
         self._agreed: set[str] = set()
         self._calls, self._current = 0, "nothing yet"
         self._last_key: str | None = None
@@ -68,7 +77,7 @@ class Agreement:
         if self._store.add(f"{key} arrived", 1) == self._size:
             self._store.set(f"{key} complete", "yes")
             self._forget(self._last_key)  # nobody looks at it any more
-        deadline, pause = time.monotonic() + self._timeout.total_seconds(), 0.0005
+        deadline, pause = time.monotonic() + self.timeout.total_seconds(), 0.0005
         while not self._store.check([f"{key} complete"]):
             if time.monotonic() > deadline or self._store.check(["failed"]):
                 raise self.failure(None)

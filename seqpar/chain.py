@@ -26,7 +26,7 @@ class Chain:
 
     def of(self, rank: int) -> list[tuple[int, int]]:
         """(position, range index) of each range of `rank`, in the chain's order."""
-        return [(i, slot) for i, (owner, slot) in enumerate(self.places) if owner == rank]
+        return self._by_rank.get(rank, [])
 
     def begin(self, position: int) -> int:
         """The first position whose summary reaches `position`; itself when no state enters."""
@@ -39,6 +39,13 @@ class Chain:
     def sends(self, position: int) -> bool:
         """Whether a state leaves `position` for the next one."""
         return position + 1 < len(self) and self.linked[position + 1]
+
+    @cached_property
+    def _by_rank(self) -> dict[int, list[tuple[int, int]]]:
+        found: dict[int, list[tuple[int, int]]] = {}
+        for i, (owner, slot) in enumerate(self.places):
+            found.setdefault(owner, []).append((i, slot))
+        return found
 
     @cached_property
     def backwards(self) -> "Chain":

@@ -2,12 +2,18 @@
 
 A `Communicator` wraps one process group, or none (a single rank that talks to nobody). Every call
 names the kind of work it serves; `Communicator.traffic[kind]` counts calls, bytes and time waited.
+On GPUs nothing here waits on the host but what says so: results are waited for by streams.
 """
 
+import logging
+import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seqpar.agreement import agreement_of
+from seqpar.kernels.once import Once
+
+logger = logging.getLogger(__name__)
 
 # torch 2.13 renames these two and warns at the old names; 2.11 has only the old ones.
 _all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -32,7 +41,8 @@ class Traffic:
 
     calls: collectives entered. bytes_sent, bytes_received: payload that crosses between ranks; an
     all-gather of n bytes over P ranks counts (P-1)·n each way, a sum of n bytes 2(P-1)/P·n.
-    seconds_waited: host time spent waiting for results.
+    seconds_waited: host time spent waiting for results; on a GPU next to none, for streams wait. A
+    CUDA graph counts when it is captured, not when it is replayed.
     """
 
     calls: int = 0
@@ -60,7 +70,8 @@ class Communicator:
     Args:
         group: a `torch.distributed` process group; None for a single rank without any.
 
-    Attributes: rank and size within the group; traffic, a dict from kind to `Traffic`.
+    Attributes: rank and size within the group; traffic, a dict from kind to `Traffic`; shared, what
+    all communicators of the group have in common.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -69,8 +80,7 @@ class Communicator:
         self.size = dist.get_world_size(group) if group is not None else 1
         self.traffic: dict[str, Traffic] = {}
         self._agreement = agreement_of(group) if group is not None and self.size > 1 else None
-        self._thread: ThreadPoolExecutor | None = None
-        self._stream: torch.cuda.Stream | None = None
+        self.shared: Once = self._agreement or Once()
 
     def reach(self, call: str) -> None:
         """Announce what this rank is about to do; return when all ranks have announced the same.
@@ -81,6 +91,13 @@ class Communicator:
         """
         if self._agreement is not None:
             self._agreement.reach(call)
+            self.shared.once("connected", self._connect)
+
+    def _connect(self) -> None:
+        """NCCL connects a group when it is first used, which must be by all of its ranks; messages
+        between some of them, as exchanges of documents send, would wait for the others."""
+        if "nccl" in dist.get_backend(self.group):
+            self.barrier()
 
     def wait(self, works: Sequence[Any], kind: str = "other") -> None:
         """Wait for messages under way.
@@ -94,7 +111,7 @@ class Communicator:
             for work in works:
                 work.wait()
         except RuntimeError as error:
-            raise self._failure(error) from error
+            raise self.failure(error) from error
         traffic.seconds_waited += time.perf_counter() - begin
 
     def total(self) -> Traffic:
@@ -111,7 +128,7 @@ class Communicator:
         """Start gathering `x` (same shape on all ranks) into [size, *x.shape], by rank."""
         x = x.contiguous()
         moved = x.numel() * x.element_size() * (self.size - 1)
-        self._count(kind, moved, moved)
+        self.count(kind, moved, moved)
         if self.size == 1:
             return Pending(x[None], None)
         # gloo takes the output only in one dimension
@@ -123,7 +140,7 @@ class Communicator:
         """Start summing `x` [size, ...] over ranks; rank r receives the sum of the x[r]."""
         x = x.contiguous()
         moved = x[0].numel() * x.element_size() * (self.size - 1)
-        self._count(kind, moved, moved)
+        self.count(kind, moved, moved)
         if self.size == 1:
             return Pending(x[0], None)
         out = x.new_empty(x[0].numel())
@@ -140,7 +157,7 @@ class Communicator:
         x = x.contiguous()
         row = x[0].numel() * x.element_size() if len(x) else 0
         out = x.new_empty(sum(receive_rows), *x.shape[1:])
-        self._count(
+        self.count(
             kind,
             (sum(send_rows) - send_rows[self.rank]) * row,
             (sum(receive_rows) - receive_rows[self.rank]) * row,
@@ -154,12 +171,12 @@ class Communicator:
 
     def send(self, x: Tensor, to: int, kind: str = "other") -> Any:
         """Start sending `x` to rank `to`; keep `x` until the returned work has been waited for."""
-        self._count(kind, x.numel() * x.element_size(), 0)
+        self.count(kind, x.numel() * x.element_size(), 0)
         return dist.isend(x.contiguous(), group=self.group, group_dst=to)
 
     def receive(self, out: Tensor, source: int, kind: str = "other") -> Any:
         """Start receiving into `out` (contiguous) from `source`; wait for the returned work."""
-        self._count(kind, 0, out.numel() * out.element_size())
+        self.count(kind, 0, out.numel() * out.element_size())
         return dist.irecv(out, group=self.group, group_src=source)
 
     def send_receive(
@@ -177,9 +194,9 @@ class Communicator:
             dist.P2POp(dist.irecv, x, group=self.group, group_peer=peer) for x, peer in receives
         ]
         for x, _ in sends:
-            self._count(kind, x.numel() * x.element_size(), 0)
+            self.count(kind, x.numel() * x.element_size(), 0)
         for x, _ in receives:
-            self._count(kind, 0, x.numel() * x.element_size())
+            self.count(kind, 0, x.numel() * x.element_size())
         return dist.batch_isend_irecv(operations) if operations else []
 
     def background(
@@ -187,31 +204,32 @@ class Communicator:
     ) -> Callable[[], T]:
         """Start `work`, a chain of messages and arithmetic, beside what the caller does next.
 
-        On a GPU it is put on a stream of its own at once; on a CPU a thread runs it. The returned
-        function waits for it and gives its result, or raises what it raised.
+        On a GPU it is put on a stream of its own at once, before other work where there is a
+        choice; on a CPU a thread runs it. The returned function waits for it (on a GPU the current
+        stream does) and gives its result, or raises what it raised.
         """
         traffic = self.traffic.setdefault(kind, Traffic())
         if device.type == "cuda":
-            stream = self._stream = self._stream or torch.cuda.Stream(device)
+            stream = self.shared.once(("stream", device), lambda: torch.cuda.Stream(device, -1))
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 result = work()
+            done = stream.record_event()
 
             def joined(work: Callable[[], T] = work) -> T:
                 # `work` holds the tensors it reads: freed earlier, their memory could be reused
-                torch.cuda.current_stream(device).wait_stream(stream)
+                torch.cuda.current_stream(device).wait_event(done)
                 return result
 
             return joined
-        self._thread = self._thread or ThreadPoolExecutor(1, "seqpar")
-        future = self._thread.submit(work)
+        future = self.shared.once("thread", lambda: ThreadPoolExecutor(1, "seqpar")).submit(work)
 
         def finished() -> T:
             begin = time.perf_counter()
             try:
                 result = future.result()
             except RuntimeError as error:
-                raise self._failure(error) from error
+                raise self.failure(error) from error
             traffic.seconds_waited += time.perf_counter() - begin
             return result
 
@@ -221,12 +239,66 @@ class Communicator:
         """The elementwise `op` ("sum", "max" or "min") of `x` over ranks, as a new tensor."""
         out = x.clone()
         moved = x.numel() * x.element_size() * 2 * (self.size - 1) // self.size
-        self._count(kind, moved, moved)
+        self.count(kind, moved, moved)
         if self.size == 1:
             return out
         work = dist.all_reduce(out, _REDUCTIONS[op], group=self.group, async_op=True)
         self.wait([work], kind)
         return out
+
+    @property
+    def timeout(self) -> timedelta:
+        """How long a rank is waited for: the process group's timeout."""
+        return self._agreement.timeout if self._agreement is not None else timedelta.max
+
+    def symmetric(self, elements: int, device: torch.device) -> list[Tensor] | None:
+        """Memory [elements] of every rank, by rank, that this rank's kernels can read and write.
+
+        fp32, zeroed, kept as long as the group. All ranks call it, outside of CUDA graphs; it
+        waits on the host. None, on all of them and with the reason in the log, where they cannot
+        reach into each other's memory.
+        """
+        if self.size == 1 or device.type != "cuda":
+            return None
+        memory: list[Tensor] = []
+        reason = self.shared.once("against symmetric", self._against_symmetric)
+        if reason is None:
+            try:
+                memory = self._rendezvous(elements, device)
+            except (RuntimeError, AttributeError, TypeError) as error:  # its interface may change
+                reason = str(error).splitlines()[0]
+            reason = next((each for each in self.all_gather_object(reason) if each), None)
+        if reason is not None:
+            self.shared.once(
+                ("said", reason), partial(logger.info, "no symmetric memory: %s", reason)
+            )
+            return None
+        return memory
+
+    def _against_symmetric(self) -> str | None:
+        hosts = set(self.all_gather_object(socket.gethostname()))
+        return f"the ranks are on {len(hosts)} nodes" if len(hosts) > 1 else None
+
+    def _rendezvous(self, elements: int, device: torch.device) -> list[Tensor]:
+        import torch.distributed._symmetric_memory as symmetric
+
+        assert self.group is not None
+        own = symmetric.empty(elements, dtype=torch.float32, device=device)
+        own.zero_()
+        torch.cuda.synchronize(device)
+        # Multicast is not used here, and where it is not supported its setting up may fail.
+        name = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
+        before = os.environ.get(name)
+        os.environ[name] = "1"
+        try:
+            handle = symmetric.rendezvous(own, self.group.group_name)
+        finally:
+            if before is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = before
+        self.shared.once(("memory", own.data_ptr()), lambda: (own, handle))  # peers may write to it
+        return [handle.get_buffer(rank, [elements], torch.float32) for rank in range(self.size)]
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """The `value` of every rank, by rank (pickled: for small things, outside the step)."""
@@ -249,10 +321,12 @@ class Communicator:
         if self.size > 1:
             dist.barrier(group=self.group)
 
-    def _failure(self, error: RuntimeError) -> RuntimeError:
+    def failure(self, error: RuntimeError) -> RuntimeError:
+        """What to raise when a transfer failed with `error`: the same, with the ranks at fault."""
         return self._agreement.failure(error) if self._agreement is not None else error
 
-    def _count(self, kind: str, sent: int, received: int) -> None:
+    def count(self, kind: str, sent: int, received: int) -> None:
+        """Count one call of `kind` and the bytes that it moves."""
         traffic = self.traffic.setdefault(kind, Traffic())
         if self.size > 1:
             traffic.calls += 1

@@ -3,6 +3,7 @@
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from seqpar.cost import Choice, Links, choose, nodes_of
 from seqpar.exchange import EXCHANGES
 from seqpar.kernels.once import Once
 from seqpar.kernels.pieces import Pieces
+from seqpar.kernels.transition import Identity
 from seqpar.layout import Layout
 
 
@@ -108,11 +110,32 @@ class SequenceParallel(Once):
             )
         return self._choices[key]
 
+    def warm_up(self, device: torch.device) -> None:
+        """Make the connections that layers of this layout's kind use, with NCCL seconds' work, now
+        and not in their first call. All ranks call it; it waits on the host.
+
+        What is left to the first call: room in peers' memory for states of its shape, and kernels.
+        """
+        size = self.comm.size
+        if size == 1:
+            return
+        one = [1] * size
+        self.comm.all_to_all(torch.zeros(size, device=device), one, one, "warm-up").wait()
+        layout = Layout(2 * size, size, self.layout.kind)  # one document: every range is linked
+        B = torch.zeros(len(layout.ranges(self.rank)), 1, 1, 16, 16, device=device)
+        for name in EXCHANGES if self.exchange == "auto" else (self.exchange,):
+            options = choose(name, layout.chain, self.links, 0, 0).options
+            for chain in (layout.chain, layout.chain.backwards):
+                EXCHANGES[name](Identity(), B[..., :0, :0], B, chain, self.comm, **options)()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     def enter(self, call: str, **tensors: Tensor) -> None:
         """Make sure that all ranks are about to make this call, with the same shapes and layout.
 
         tensors: [B, T, ...] each; the number of tokens is the layout's affair. Every differentiable
-        function calls this before its first exchange, forward and backward.
+        function calls this before its first exchange, forward and backward. It is work of the host
+        alone; a CUDA graph leaves it out when it is replayed.
 
         Raises:
             ValueError, ExchangeError: as `Communicator.reach`.

@@ -4,7 +4,8 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ import torch.distributed as dist
 
 from seqpar.chain import Chain
 from seqpar.comm import Communicator
+from seqpar.exchange import Exchange, allgather, allscan, handover
+from seqpar.kernels.transition import Identity
+from seqpar.layout import Layout
 
 MAX_BLOCKS = 16
 SIMPLER = 1.25  # how much longer a simpler exchange may take: estimates are no better
@@ -27,7 +31,9 @@ class Links:
     within a node; across_latency and across_bandwidth between nodes. The defaults are those of
     GPUs with NVLink and 400 Gb/s InfiniBand; `measure` gives a machine's own. work_rate (operations
     a second): how fast the layer's own work runs that hides an exchange; 0 if nothing is to be
-    reckoned as hidden.
+    reckoned as hidden. gathering: seconds an all-gather of next to nothing takes; 0 for one message
+    to each other rank after the other. direct: seconds a hop of All-Scan takes through peers'
+    memory; 0 where it goes by messages.
     """
 
     nodes: tuple[int, ...]
@@ -36,6 +42,8 @@ class Links:
     across_latency: float = 4e-5
     across_bandwidth: float = 4.5e10
     work_rate: float = 0.0
+    gathering: float = 0.0
+    direct: float = 0.0
 
     def message(self, source: int, target: int, size: float) -> float:
         """Seconds for `size` bytes from one rank to another; nothing for a rank to itself."""
@@ -83,10 +91,16 @@ def choose(
     ranks, ranges = len(links.nodes), len(chain) // len(links.nodes)
     longest = max((i - chain.begin(i) for i in range(len(chain))), default=0)
     packed = A_bytes + B_bytes
+    alone = links.slowest(0)
+    allscan = _pipelined(chain, links, B_bytes, blocks)
+    if links.direct:  # tiles of a state are all under way at once
+        hop = replace(links, latency=links.direct)
+        allscan = _hops(chain, hop, 0) + B_bytes / links.bandwidth
     seconds = {
-        "allgather": (ranks - 1) * links.slowest(ranges * packed),
+        "allgather": (links.gathering or (ranks - 1) * alone)
+        + (ranks - 1) * (links.slowest(ranges * packed) - alone),
         "ring": hops,
-        "allscan": _pipelined(chain, links, B_bytes, blocks),
+        "allscan": allscan,
         "doubling": math.ceil(math.log2(longest + 1)) * links.slowest(ranges * packed),
         "twolevel": _two_levels(links, ranges, packed, B_bytes),
     }
@@ -140,23 +154,50 @@ def nodes_of(comm: Communicator, node_size: int | None = None) -> tuple[int, ...
 
 
 def measure(comm: Communicator, device: torch.device, node_size: int | None = None) -> Links:
-    """Latency and bandwidth between neighbours, within and across nodes, in well under a second.
+    """Latency and bandwidth between neighbours, within and across nodes, of an all-gather, and of
+    All-Scan through peers' memory, in well under a second (and a second more for what is first used
+    here: connections, that memory, its kernels).
 
-    Every rank of the group must call this; all get the same figures (of the slowest pair).
+    Every rank of the group must call this; all get the same figures (of the slowest rank).
     """
     nodes = nodes_of(comm, node_size)
-    inside, across = _partners(comm.rank, nodes)
+
+    def slowest(work: Callable[[], object]) -> float:
+        """Seconds of the best of five on the slowest rank: what else the machine does is not a
+        property of its links."""
+        times = []
+        for _ in range(6):  # the first makes connections
+            comm.barrier()
+            begin = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - begin)
+        best = torch.tensor(min(times[1:]), device=device)
+        return comm.all_reduce(best, "max", "measure").item()
+
     figures: list[tuple[float, float]] = []
-    for to, source in (inside, across):
-        small, large = (_shift(comm, to, source, size, device) for size in (64, LARGE))
-        slowest = comm.all_reduce(torch.tensor([small, large], device=device), "max", "measure")
-        small, large = slowest.tolist()
+    for to, source in _partners(comm.rank, nodes):
+        small, large = (
+            slowest(partial(_shift, comm, to, source, torch.zeros(2, size // 4, device=device)))
+            for size in (64, LARGE)
+        )
         figures.append((small, LARGE / max(large - small, 1e-9)))
     if len(set(nodes)) == 1:
         figures[1] = figures[0]
     elif max(nodes.count(node) for node in nodes) == 1:
         figures[0] = figures[1]
-    return Links(nodes, *figures[0], *figures[1])
+    chain = Layout(comm.size, comm.size).chain
+    state = torch.zeros(1, 1, 1, 16, 16, device=device)  # next to nothing
+
+    def exchanged(start: Exchange) -> float:
+        return slowest(lambda: start(Identity(), state[..., :0, :0], state, chain, comm)())
+
+    direct = 0.0
+    if handover(comm, state) is not None:
+        direct = exchanged(allscan) / (comm.size - 1)
+    gathering = exchanged(allgather)
+    return Links(nodes, *figures[0], *figures[1], gathering=gathering, direct=direct)
 
 
 def _partners(
@@ -174,23 +215,10 @@ def _partners(
     return cycle([r for r, node in enumerate(nodes) if node == nodes[rank]]), cycle(firsts)
 
 
-def _shift(
-    comm: Communicator, to: int | None, source: int | None, size: int, device: torch.device
-) -> float:
-    """Seconds to hand `size` bytes to the next rank and get as much from the one before.
-
-    The best of five: what else the machine does is not a property of its links.
-    """
-    out, into = (torch.zeros(size // 4, device=device) for _ in range(2))
-    wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times = []
-    for _ in range(6):
-        begin = time.perf_counter()
-        if to is not None and source is not None:
-            comm.wait(comm.send_receive([(out, to)], [(into, source)], "measure"), "measure")
-        wait()
-        times.append(time.perf_counter() - begin)
-    return min(times[1:])  # the first makes the connection
+def _shift(comm: Communicator, to: int | None, source: int | None, both: torch.Tensor) -> None:
+    """Hand both[0] to the next rank and get as much from the one before."""
+    if to is not None and source is not None:
+        comm.wait(comm.send_receive([(both[0], to)], [(both[1], source)], "measure"), "measure")
 
 
 def choose_softmax(

@@ -9,8 +9,10 @@ What each one sends, how long it takes, and when it is chosen: docs/exchanges.md
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from importlib.util import find_spec
 from itertools import groupby, zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,9 @@ from torch import Tensor
 from seqpar.chain import Chain
 from seqpar.comm import Communicator
 from seqpar.kernels.transition import Transition
+
+if TYPE_CHECKING:
+    from seqpar.handover import Handover
 
 States = Callable[[], list[Tensor | None]]
 KIND = "state"
@@ -59,11 +64,40 @@ def allscan(
     comm: Communicator,
     blocks: int = 1,
 ) -> States:
-    """States flow from range to range in `blocks` pieces, S_out = A S_in + B applied at each hop.
+    """States flow from range to range cut in blocks, so that all hops work at once (ZeCO, arXiv
+    2507.01004): through each other's memory between GPUs of a node, else as messages of the ring.
 
-    A never travels. With one block this is the ring of LASP (arXiv 2404.02882), with several the
-    All-Scan of ZeCO (arXiv 2507.01004). The cut is along V: columns of the state are independent
-    for every transition, so All-Scan serves dense ones as well.
+    The cut is along V: columns of the state are independent for every transition, so All-Scan
+    serves dense ones as well.
+    """
+    direct = handover(comm, B)
+    if direct is None:
+        return ring(transition, A, B, chain, comm, blocks)
+    return comm.background(partial(direct.scan, A, B, chain, comm, KIND), B.device, KIND)
+
+
+def handover(comm: Communicator, B: Tensor) -> "Handover | None":
+    """What hands on states like B [ranges, ...] through peers' memory; None where there is none.
+
+    All ranks ask alike. The first time for a shape they make room, and wait for each other.
+    """
+    if not B.is_cuda or find_spec("triton") is None:
+        return None
+    from seqpar.handover import handover_of  # triton only where it is used
+
+    return handover_of(comm, B)
+
+
+def ring(
+    transition: Transition,
+    A: Tensor,
+    B: Tensor,
+    chain: Chain,
+    comm: Communicator,
+    blocks: int = 1,
+) -> States:
+    """States flow from range to range, S_out = A S_in + B applied at each hop (LASP, arXiv
+    2404.02882), in `blocks` messages each. A never travels.
     """
     widths = [len(part) for part in torch.arange(B.shape[-1]).chunk(blocks)]
 
@@ -193,7 +227,7 @@ def twolevel(
 
 EXCHANGES: dict[str, Exchange] = {
     "allgather": allgather,
-    "ring": allscan,
+    "ring": ring,
     "allscan": allscan,
     "doubling": doubling,
     "twolevel": twolevel,
@@ -239,7 +273,7 @@ def _unpack(packed: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """[..., elements] -> A and B of one range each, [..., *shape]."""
     parts = packed.split([A[0].numel(), B[0].numel()], -1)
     lead = packed.shape[:-1]
-    return parts[0].reshape(*lead, *A.shape[1:]), parts[1].reshape(*lead, *B.shape[1:])
+    return parts[0].view(*lead, *A.shape[1:]), parts[1].view(*lead, *B.shape[1:])
 
 
 def _send(comm: Communicator, x: Tensor, to: int) -> tuple[Any, Tensor]:

@@ -1,6 +1,7 @@
 """Tokens from wherever they are: one all-to-all brings each rank the global ranges it asks for."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,29 +38,32 @@ def convert(x: Tensor, target: Layout, sp: SequenceParallel) -> Tensor:
                 f"{getattr(sp.layout, name)}: only the order over the same ranks can change"
             )
     sp.enter(f"convert to {target!r}", x=x)
-    return fetch(x, sp.layout.ranges, target.ranges, sp.comm, kind="convert")
+    key = "convert", target.digest, x.device
+    make = partial(Routes, sp.layout.ranges, target.ranges, sp.comm, x.device)
+    return fetch(x, sp.once(key, make), sp.comm, kind="convert")
 
 
-def fetch(x: Tensor, held: Ranges, wanted: Ranges, comm: Communicator, kind: str) -> Tensor:
-    """The tokens of the global ranges `wanted(rank)`, in that order; differentiable.
+def fetch(x: Tensor, routes: "Routes", comm: Communicator, kind: str) -> Tensor:
+    """The tokens of the global ranges that `routes` ask for, in that order; differentiable.
 
     Args:
-        x: [B, T, ...], the tokens of `held(rank)`.
-        held: which tokens each rank holds; no token may be held twice.
-        wanted: which each asks for; every rank must pass the same two functions.
+        x: [B, T, ...], the tokens that this rank holds.
+        routes: made once and kept, for they hold tables on x's device; of all ranks alike.
         comm: the ranks; kind: what the traffic is counted as.
 
     Returns:
         [B, sum of the range lengths, ...]. Its gradient is added up where the tokens came from.
     """
-    return _Fetch.apply(x, Routes(held, wanted, comm, x.device), comm, kind)
+    return _Fetch.apply(x, routes, comm, kind)
 
 
 class Routes:
     """Which local tokens go to each rank, and where those received belong.
 
     Args:
-        held, wanted, comm: as for `fetch`.
+        held: which tokens each rank holds, as global ranges; no token may be held twice.
+        wanted: which each asks for; every rank must pass the same two functions.
+        comm: the ranks.
         device: of the tensors that will travel.
         room: how many rows of the result each wanted range has, its tokens being the last of them;
             None for as many as it has tokens.

@@ -7,7 +7,7 @@ from seqpar.blocks import attend
 from seqpar.checks import check_qkv
 from seqpar.context import SequenceParallel
 from seqpar.cost import choose_softmax
-from seqpar.fetch import Ranges, fetch
+from seqpar.fetch import Ranges, Routes, fetch
 from seqpar.layout import Layout
 from seqpar.sources import Gather, Ring
 from seqpar.ulysses import ulysses
@@ -62,9 +62,10 @@ def softmax_attention(
     segments = [s for found in layout.cut(held(sp.rank)) for s in found]
     if held == layout.ranges:
         return attend(q, k, v, segments, causal, scale, source)
-    q = fetch(q, layout.ranges, held, sp.comm, kind="queries")
-    o = attend(q, k, v, segments, causal, scale, source)
-    return fetch(o, held, layout.ranges, sp.comm, kind="queries")
+    there = sp.once(("queries", q.device), lambda: Routes(layout.ranges, held, sp.comm, q.device))
+    back = sp.once(("o", q.device), lambda: Routes(held, layout.ranges, sp.comm, q.device))
+    o = attend(fetch(q, there, sp.comm, "queries"), k, v, segments, causal, scale, source)
+    return fetch(o, back, sp.comm, "queries")
 
 
 def _traded(layout: Layout) -> Ranges:

@@ -182,6 +182,22 @@ def test_a_disk_that_is_full_is_told_by_all_ranks(config: str, tmp_path: Path) -
     assert not list((tmp_path / "run/checkpoints").glob("step_*"))
 
 
+def test_a_resumed_run_chooses_its_exchanges_by_the_figures_it_began_with(
+    config: str, tmp_path: Path
+) -> None:
+    words = [f"log.folder={tmp_path}/run", "checkpoint.every=1", "parallel.measure_links=true"]
+    words.append("optimizer.warmup_steps=0")
+    train_on(2, config, *words, "train.steps=1")
+    train_on(2, config, *words, "train.steps=2", "checkpoint.resume=latest")
+    first, second = (
+        json.loads((tmp_path / f"run/checkpoints/step_0000000{step}/manifest.json").read_text())
+        for step in (1, 2)
+    )
+    assert first["links"]["nodes"] == [0, 0]
+    assert first["links"]["latency"] > 0
+    assert second["links"] == first["links"]  # measured anew, they would differ
+
+
 def test_the_optimizer_state_matters_to_these_tests(config: str, half: Path, whole: Path) -> None:
     """Resuming without it gives other losses, so equal losses show that it came back."""
 

@@ -12,7 +12,7 @@ from seqpar import Layout, SequenceParallel
 from seqpar.chain import Chain
 from seqpar.comm import Communicator, Traffic
 from seqpar.cost import Links, choose, measure
-from seqpar.exchange import States, allgather, allscan, doubling, twolevel
+from seqpar.exchange import States, allgather, allscan, doubling, ring, twolevel
 from seqpar.kernels.transition import Decay, Dense, Identity, Transition
 
 K, V = 4, 6
@@ -24,7 +24,7 @@ TRANSITIONS: dict[str, tuple[Transition, tuple[int, int]]] = {
 }
 EXCHANGES: dict[str, Callable[[int], Callable[..., States]]] = {
     "allgather": lambda size: allgather,
-    "ring": lambda size: allscan,
+    "ring": lambda size: ring,
     "allscan in 3 blocks": lambda size: partial(allscan, blocks=3),
     "allscan in 6 blocks": lambda size: partial(allscan, blocks=V),
     "doubling": lambda size: doubling,
@@ -178,6 +178,21 @@ def test_auto_takes_what_keeps_a_rank_waiting_least() -> None:
     assert many.name in str(many)
 
 
+def test_measured_figures_replace_what_latencies_suggest() -> None:
+    chain, state = Layout(8, 8).chain, 1 << 20
+    usual = choose("auto", chain, Links((0,) * 8), 0, state)
+    gathering = choose("auto", chain, Links((0,) * 8, gathering=3e-5), 0, state)
+    assert usual.seconds["allgather"] - gathering.seconds["allgather"] == pytest.approx(
+        7 * 2e-5 - 3e-5
+    )
+    direct = choose("auto", chain, Links((0,) * 8, direct=3e-6), 0, state)
+    assert direct.seconds["allscan"] == pytest.approx(7 * 3e-6 + state / 3e11)
+    assert direct.name == "allscan"
+    assert usual.name != "allscan"
+    alike = ("ring", "doubling", "twolevel")
+    assert all(direct.seconds[name] == usual.seconds[name] for name in alike)
+
+
 def test_a_named_exchange_gets_its_options() -> None:
     chain = Layout(8, 8).chain
     links = Links(nodes=(0, 0, 0, 0, 1, 1, 1, 1))
@@ -195,3 +210,22 @@ def test_measured_links_are_the_same_on_all_ranks() -> None:
     assert found[0].nodes == (0, 0, 1, 1)
     assert 0 < found[0].latency < 0.1
     assert found[0].bandwidth > 1e6
+    assert 0 < found[0].gathering < 0.1
+    assert found[0].direct == 0.0  # a CPU's ranks hand states on by messages
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("exchange", ["auto", "allscan"])
+def test_warming_up_uses_every_link_of_the_exchange(exchange: str, kind: str) -> None:
+    """Also those that no document of the layout itself needs."""
+
+    def work(rank: int) -> tuple[int, bool]:
+        sp = SequenceParallel(
+            layout=Layout(12, 3, kind, cu_seqlens=[0, 4, 8, 12]), exchange=exchange
+        )
+        sp.warm_up(torch.device("cpu"))
+        traffic = sp.comm.traffic
+        return traffic["state"].bytes_sent + traffic["state"].bytes_received, "warm-up" in traffic
+
+    moved = run_ranks(work, 3)
+    assert all(count >= 2 * 4 * 16 * 16 and rest for count, rest in moved)
