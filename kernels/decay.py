@@ -13,9 +13,9 @@ from torch import Tensor
 
 from seqpar.kernels import frames, tables
 from seqpar.kernels.launch import Launch, plan
-from seqpar.kernels.passes import Passes, Traces, is_for_hopper, operand_dtype, products, ungroup
+from seqpar.kernels.passes import Passes, is_for_hopper, operand_dtype, products, ungroup
 from seqpar.kernels.pieces import Late, Pieces
-from seqpar.kernels.state_kernels import fold_kernel, gate_kernel, scan_kernel
+from seqpar.kernels.state_kernels import fold_kernel, scan_kernel
 from seqpar.kernels.strides import dense
 from seqpar.kernels.transition import Decay, Identity, Transition
 from seqpar.kernels.tuned import (
@@ -158,30 +158,10 @@ class _Prepared:
             dq, dk, d_gate = frames.leave(passes.frames, dq, dk, *kept)
             found = [d_gate.to(passes.gate.dtype)]
         elif traces is not None:
-            found = [self._d_gate(traces).to(passes.gate.dtype)]
+            found = [passes.d_gate(traces).to(passes.gate.dtype)]
         elif passes.decay != "none":
             found = [None]
         return [*map(ungroup, (dq, dk), self.given), dv, *found]
-
-    def _d_gate(self, traces: Traces) -> Tensor:
-        """The gradient of scalar decays, [B, T, H, 1]."""
-        passes = self.passes
-        batch, tokens, heads, _ = self.v.shape
-        d_gate = torch.empty(batch, tokens, heads, 1, dtype=torch.float32, device=self.v.device)
-
-        def make() -> Launch:
-            return Launch(
-                gate_kernel,
-                len(passes.blocks) * heads * batch,
-                [tokens, len(passes.blocks)],
-                HEADS=heads,
-                LINES=traces.flows.shape[2],
-                SIZE=passes.block,
-            )
-
-        tensors = traces.shares["dq"], traces.shares["dk"], traces.flows, d_gate, passes.blocks
-        passes.calls.once("d_gate", make)(*tensors)
-        return d_gate
 
     def _fold(self, y: Tensor, z: Tensor, scale: float, *, reverse: bool) -> tuple[Tensor, Tensor]:
         passes = self.passes

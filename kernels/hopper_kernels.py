@@ -170,7 +170,8 @@ def run_hopper_kernel(
     num_warps: gl.constexpr,
 ):
     """x, y [B*T, columns], heads `xh`, `yh` columns apart, in tiles [C, DY]; z, out likewise.
-    STRICT: leave j = i out, forwards. SPLIT: take the state and the scores in two parts."""
+    STRICT: leave j = i out, forwards, for any scale, and save nothing. SPLIT: take the state, the
+    scores and what is added to the state in two parts."""
     dtype: gl.constexpr = x.dtype
     FRAMED: gl.constexpr = DECAY == "key" or DECAY == "value"
     SHARES: gl.constexpr = GATE and not FRAMED
@@ -215,7 +216,8 @@ def run_hopper_kernel(
         w_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, DZ], other.layout)
     else:
         w_tiles = z_tiles
-    out_tiles = gl.allocate_shared_memory(out.dtype, [1, C, DZ], out.layout)
+    if not SHARES:
+        out_tiles = gl.allocate_shared_memory(out.dtype, [1, C, DZ], out.layout)
     score_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], dtype)
     score_tiles = gl.allocate_shared_memory(dtype, [2 if SPLIT else 1, C, C], score_layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -303,6 +305,8 @@ def run_hopper_kernel(
     first = entry // 4 * 8
     size = gl.minimum(C >> entry % 4, length - first)
     log_scale = gl.log2(scale)
+    if STRICT:
+        log_scale = 0.0
     decayed = 1.0
     if DECAY == "scalar":
         step_rows = C
@@ -413,20 +417,26 @@ def run_hopper_kernel(
                 )
 
         mixed = warpgroup_mma_wait(0, deps=[mixed])
-        if DECAY == "scalar":
-            mixed = mixed * lines.index(4 * even + 1).load(gl.SliceLayout(0, MIXED))[None, :]
         if SPLIT:
             low = (state - state.to(dtype).to(gl.float32)).to(dtype)
             low = gl.convert_layout(low, STATE_OPERAND)
             mixed = warpgroup_mma(low, x_tile.permute((1, 0)), mixed, is_async=True)
+        if DECAY == "scalar":
+            if SPLIT:
+                mixed = warpgroup_mma_wait(0, deps=[mixed])
+            mixed = mixed * lines.index(4 * even + 1).load(gl.SliceLayout(0, MIXED))[None, :]
         for i in gl.static_range(2 if SPLIT else 1):
             rounded = score_tiles.index(i)
             mixed = warpgroup_mma(z_tile.permute((1, 0)), rounded, mixed, is_async=True)
         if DECAY == "scalar":
             reach = lines.index(4 * even + 2).load(gl.SliceLayout(0, ADDED_OPERAND))
             added = z_tile.permute((1, 0)).load(ADDED_OPERAND)
-            added = (added.to(gl.float32) * reach[None, :]).to(dtype)
+            exact = added.to(gl.float32) * reach[None, :]
+            added = exact.to(dtype)
             state = warpgroup_mma(added, y_tile, state * decayed, is_async=True)
+            if SPLIT:
+                rest = (exact - added.to(gl.float32)).to(dtype)
+                state = warpgroup_mma(rest, y_tile, state, is_async=True)
         else:
             state = warpgroup_mma(z_tile.permute((1, 0)), y_tile, state, is_async=True)
 
@@ -455,8 +465,8 @@ def run_hopper_kernel(
             use_acc=False,
             is_async=True,
         )
-        mixed = warpgroup_mma_wait(2, deps=[mixed])
-        if DECAY != "scalar":
+        mixed = warpgroup_mma_wait(3 if SPLIT and DECAY == "scalar" else 2, deps=[mixed])
+        if DECAY != "scalar" or STRICT:
             mixed = mixed * scale
 
         if SHARES:
@@ -477,7 +487,10 @@ def run_hopper_kernel(
             gl.store(out_at, mixed.to(out.dtype), mask=inside_out)
             barrier()  # the scores of this chunk have been read
         else:
-            out_tile = out_tiles.index(0)
+            if SHARES:  # in the place of w, of which each thread has read what it writes
+                out_tile = w_tiles.index(ring)
+            else:
+                out_tile = out_tiles.index(0)
             out_tile.permute((1, 0)).store(mixed.to(out.dtype))
             fence_async_shared()
             barrier()
@@ -488,7 +501,7 @@ def run_hopper_kernel(
         elif DECAY == "value":
             state = state * lines.index(even).load(gl.SliceLayout(1, STATE))[:, None]
 
-        if GATE and not REVERSE:
+        if GATE and not REVERSE and not STRICT:
             if ends and block < piece_saves:
                 gl.store(saved + block.to(gl.int64) * (HEADS * SIZE) + saved_at, state)
         entry = coming_entry
