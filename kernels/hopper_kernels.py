@@ -122,8 +122,8 @@ def run_hopper_kernel(
     num_warps: gl.constexpr,
 ):
     """x, y [B*T, columns], heads `xh`, `yh` columns apart, in tiles [C, DY]; z, out likewise.
-    STRICT: leave j = i out, forwards. SPLIT: take the state in two parts; EXACT: what goes into it
-    with scalar decay."""
+    STRICT: leave j = i out, forwards, for any scale, and save nothing. SPLIT: take the state in two
+    parts; EXACT: what goes into it with scalar decay."""
     dtype: gl.constexpr = x.dtype
     FRAMED: gl.constexpr = DECAY == "key" or DECAY == "value"
     SHARES: gl.constexpr = GATE and not FRAMED
@@ -168,7 +168,8 @@ def run_hopper_kernel(
         w_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, DZ], other.layout)
     else:
         w_tiles = z_tiles
-    out_tiles = gl.allocate_shared_memory(out.dtype, [1, C, DZ], out.layout)
+    if not SHARES:
+        out_tiles = gl.allocate_shared_memory(out.dtype, [1, C, DZ], out.layout)
     score_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], dtype)
     score_tile = gl.allocate_shared_memory(dtype, [C, C], score_layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -256,6 +257,8 @@ def run_hopper_kernel(
     first = entry // 4 * 8
     size = gl.minimum(C >> entry % 4, length - first)
     log_scale = gl.log2(scale)
+    if STRICT:
+        log_scale = 0.0
     decayed = 1.0
     if DECAY == "scalar":
         step_rows = C
@@ -401,7 +404,7 @@ def run_hopper_kernel(
             is_async=True,
         )
         mixed = warpgroup_mma_wait(3 if DECAY == "scalar" and EXACT else 2, deps=[mixed])
-        if DECAY != "scalar":
+        if DECAY != "scalar" or STRICT:
             mixed = mixed * scale
 
         if SHARES:
@@ -422,7 +425,10 @@ def run_hopper_kernel(
             gl.store(out_at, mixed.to(out.dtype), mask=inside_out)
             barrier()  # the scores of this chunk have been read
         else:
-            out_tile = out_tiles.index(0)
+            if SHARES:  # in the place of w, of which each thread has read what it writes
+                out_tile = w_tiles.index(ring)
+            else:
+                out_tile = out_tiles.index(0)
             out_tile.permute((1, 0)).store(mixed.to(out.dtype))
             fence_async_shared()
             barrier()
@@ -433,7 +439,7 @@ def run_hopper_kernel(
         elif DECAY == "value":
             state = state * lines.index(even).load(gl.SliceLayout(1, STATE))[:, None]
 
-        if GATE and not REVERSE:
+        if GATE and not REVERSE and not STRICT:
             if ends and block < piece_saves:
                 gl.store(saved + block.to(gl.int64) * (HEADS * SIZE) + saved_at, state)
         entry = coming_entry

@@ -76,7 +76,7 @@ def keys_hopper_kernel(
     STAGES: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """dK⁻ of one piece [B, T, H, DK]; but for frames `d_plus`, -dK⁺, is taken from it.
+    """dK⁻ of one piece [B, T, H, DK]; but for frames dK⁺, `d_plus`, is added to it.
 
     u, do, dx in tiles [C, DV]; q, plus, out in tiles [C, DK]. With scalar decay the shares of its
     gradient [B, H, DK / 16, T] and flows [B, H, DK / 16, blocks] are sums over a warp's channels.
@@ -314,7 +314,7 @@ def keys_hopper_kernel(
         if FRAMED:
             gl.store(out_pointer + at, -mixed, mask=inside)
         else:
-            mixed = -mixed - gl.load(d_plus + at, mask=inside, other=0.0).to(gl.float32)
+            mixed = gl.load(d_plus + at, mask=inside, other=0.0).to(gl.float32) - mixed
             if size < C:
                 gl.store(out_pointer + at, mixed.to(out.dtype), mask=inside)
             else:

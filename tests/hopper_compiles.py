@@ -71,6 +71,9 @@ if __name__ == "__main__":
         compile_for(128, "value" if gate else "key", reverse, gate)
     # passes of the delta rule
     compile_for(128, "none", False, False, strict=True)
+    for dim in (64, 128):
+        compile_for(dim, "scalar", False, True, split=True)
+        compile_for(dim, "scalar", False, True, strict=True, split=True)
     compile_for(128, "value", False, False, strict=True, split=True)
     compile_for(128, "value", False, False, split=True)
     compile_for(128, "scalar", False, True, strict=True, split=True)
