@@ -121,7 +121,7 @@ class _Prepared:
         states = self._scan(A, B, start, chunks.steps())
         return chunks.join(own + Q @ states).to(self.v.dtype)
 
-    def summarize_backward(self, do: Tensor) -> tuple[Tensor, Tensor]:
+    def summarize_backward(self, do: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
         chunks = self._chunks(self.pieces.entered)
         A, _, Q, _ = self._maps(chunks)
         adjoint = self.family.transition.adjoint(A)

@@ -7,15 +7,16 @@ the states that entered the pieces. Diagonal decay is first taken out of q and k
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from seqpar.kernels import frames, tables
 from seqpar.kernels.launch import Launch, plan
-from seqpar.kernels.passes import Passes, Traces, is_for_hopper, operand_dtype, products, ungroup
+from seqpar.kernels.passes import Passes, is_for_hopper, operand_dtype, products, ungroup
 from seqpar.kernels.pieces import Late, Pieces
-from seqpar.kernels.state_kernels import fold_kernel, gate_kernel, scan_kernel
+from seqpar.kernels.state_kernels import fold_kernel, scan_kernel
 from seqpar.kernels.strides import dense
 from seqpar.kernels.transition import Decay, Identity, Transition
 from seqpar.kernels.tuned import (
@@ -135,7 +136,7 @@ class _Prepared:
         operands = self.q, self.k, self.v
         return self.passes.run("o", operands, entering(), self.scale, self.v.dtype)
 
-    def summarize_backward(self, do: Tensor) -> tuple[Tensor, Tensor]:
+    def summarize_backward(self, do: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
         return self._fold(self.q, do, self.scale, reverse=True)
 
     def run_backward(
@@ -145,12 +146,14 @@ class _Prepared:
         framed = passes.frames is not None
         traces = passes.traces(k, v) if framed or any(wanted) else None
         dtype = torch.float32 if framed else v.dtype
-        rest = self.scale, dtype
-        dq = passes.run("dq", (do, v, k), entering, *rest, transposed=True, other=q, traces=traces)
-        adjoints = leaving()
-        dk = passes.run(
-            "dk", (v, do, q), adjoints, *rest, reverse=True, transposed=True, other=k, traces=traces
+        # what scalar decay is multiplied with is rounded, and that does not cancel
+        split = passes.decay == "scalar" and traces is not None and not passes.hopper
+        back = partial(
+            passes.run, scale=self.scale, dtype=dtype, transposed=True, split=split, traces=traces
         )
+        dq = back("dq", (do, v, k), entering, other=q)
+        adjoints = leaving()
+        dk = back("dk", (v, do, q), adjoints, reverse=True, other=k)
         dv = passes.run("dv", (k, q, do), adjoints, self.scale, v.dtype, reverse=True)
         found: list[Tensor | None] = []
         if passes.frames is not None and traces is not None:
@@ -158,30 +161,10 @@ class _Prepared:
             dq, dk, d_gate = frames.leave(passes.frames, dq, dk, *kept)
             found = [d_gate.to(passes.gate.dtype)]
         elif traces is not None:
-            found = [self._d_gate(traces).to(passes.gate.dtype)]
+            found = [passes.d_gate(traces).to(passes.gate.dtype)]
         elif passes.decay != "none":
             found = [None]
         return [*map(ungroup, (dq, dk), self.given), dv, *found]
-
-    def _d_gate(self, traces: Traces) -> Tensor:
-        """The gradient of scalar decays, [B, T, H, 1]."""
-        passes = self.passes
-        batch, tokens, heads, _ = self.v.shape
-        d_gate = torch.empty(batch, tokens, heads, 1, dtype=torch.float32, device=self.v.device)
-
-        def make() -> Launch:
-            return Launch(
-                gate_kernel,
-                len(passes.blocks) * heads * batch,
-                [tokens, len(passes.blocks)],
-                HEADS=heads,
-                LINES=traces.flows.shape[2],
-                SIZE=passes.block,
-            )
-
-        tensors = traces.shares["dq"], traces.shares["dk"], traces.flows, d_gate, passes.blocks
-        passes.calls.once("d_gate", make)(*tensors)
-        return d_gate
 
     def _fold(self, y: Tensor, z: Tensor, scale: float, *, reverse: bool) -> tuple[Tensor, Tensor]:
         passes = self.passes

@@ -120,8 +120,8 @@ def run_kernel(
     DECAY: "none", "scalar", and diagonal along "key" (y) or "value" (z). GATE: whether to write
     what the gradient of the decays needs of this pass: saved [B, saves, H, DZ, DY] and flows, and
     with scalar decay shares, for which `other` is the input that `out` is the gradient of. STRICT:
-    sum over j before (or after) i only. SPLIT: take the state and the
-    scores in two parts.
+    sum over j before (or after) i only; nothing is saved then. SPLIT: take the state, the scores
+    and what is added to the state in two parts.
     """
     FRAMED: tl.constexpr = DECAY == "key" or DECAY == "value"
     SHARES: tl.constexpr = GATE and not FRAMED
@@ -244,9 +244,10 @@ def run_kernel(
         if DECAY == "scalar":
             scores *= tl.exp(tl.minimum(total[:, None] - total[None, :], 0.0))
             mixed *= tl.exp(enters)[:, None]
-            added = (z_tile * tl.exp(leaves)[:, None]).to(OPERAND)
+            exact = z_tile * tl.exp(leaves)[:, None]
+            added = exact.to(OPERAND)
 
-        if SHARES:
+        if SHARES and not STRICT:
             own = tl.sum(tl.where(here, scores, 0.0), 1)
             scores = tl.where(causal, scores, 0.0)
         elif STRICT:
@@ -261,7 +262,8 @@ def run_kernel(
         if SHARES:
             w_tile = _tile(other, rows, mask, out_cols, wt, DZ, BLOCKS * BZ).to(OPERAND)
             tl.store(shares + rows, tl.sum(mixed * w_tile, 1), mask=mask)
-            mixed += scale * own[:, None] * z_tile
+            if not STRICT:
+                mixed += scale * own[:, None] * z_tile
         out_mask = mask[:, None]
         if DZ % BZ != 0:
             out_mask = out_mask & (out_cols < DZ)[None, :]
@@ -271,9 +273,12 @@ def run_kernel(
         if DECAY == "scalar":
             state *= tl.exp(tl.sum(decays, 0))
         state = tl.dot(tl.trans(added), y_tile, state, input_precision=PRECISION)
+        if DECAY == "scalar" and SPLIT and tl.bfloat16 == OPERAND:
+            low = (exact - added.to(tl.float32)).to(OPERAND)
+            state = tl.dot(tl.trans(low), y_tile, state)
         if FRAMED:
             state *= half
-        if GATE and not REVERSE:
+        if GATE and not REVERSE and not STRICT:
             if ends and every < piece_saves:
                 at = saved_at + every.to(tl.int64) * (HEADS * STATE)
                 tl.store(at, state, mask=saved_inside)

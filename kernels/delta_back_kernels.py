@@ -14,15 +14,18 @@ place of do, and U of v. That of k⁻,
 
 is `keys_kernel`: a pass "dk" of two sums in one, for λ is much smaller than either of its terms.
 
+With one decay a head, all of these take on the factors of delta_kernels.py.
+
 Gradient of the decays: as in decay_kernels.py, with r_t = q⁺ dq⁺ + k⁺ dk⁺ - k⁻ dk⁻. The passes for
-these take states and scores in two parts, for their rounding does not cancel.
+these take states, scores and what is added to states in two parts, for their rounding does not
+cancel.
 """
 
 import triton
 import triton.language as tl
 
 from seqpar.kernels.decay_kernels import _state, _tile
-from seqpar.kernels.delta_kernels import STEP, _low, _part, _solved
+from seqpar.kernels.delta_kernels import STEP, _decayed, _decays, _low, _part, _solved
 
 
 @triton.jit(do_not_specialize=["batches", "tokens", "pieces", "chunks", "slots"])
@@ -33,6 +36,7 @@ def walk_back_kernel(
     do,
     r,
     beta,
+    gate,
     solved,
     dx,
     shares,
@@ -60,6 +64,9 @@ def walk_back_kernel(
     bb,
     bt,
     bh,
+    gb,
+    gt,
+    gh,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DK: tl.constexpr,
@@ -67,7 +74,7 @@ def walk_back_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
-    FRAMED: tl.constexpr,
+    DECAY: tl.constexpr,
     SUMMARY: tl.constexpr,
     RESIDUAL: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -81,6 +88,9 @@ def walk_back_kernel(
     that state if nothing comes from those that follow. `table`: `tables.piece_rows`, or
     `tables.summary_rows`.
     """
+    FRAMED: tl.constexpr = DECAY == "frames"
+    # dX is rounded once; times its decay it would be once more
+    SPLIT: tl.constexpr = DECAY == "scalar" and tl.bfloat16 == OPERAND
     BLOCKS: tl.constexpr = (DV + BV - 1) // BV
     pid = tl.program_id(0)
     block = pid % BLOCKS
@@ -112,6 +122,7 @@ def walk_back_kernel(
     minus += batch * kb + head // GROUP * kh + start * kt
     do += batch * ob + head * oh + start * ot
     beta += batch * bb + head * bh + start * bt
+    gate += batch * gb + head * gh + start * gt
     solved += ((batch * HEADS + head) * tokens + start) * STEP
     shares += ((batch * HEADS + head) * BLOCKS + block) * tokens + start
     out = ((batch * tokens + start) * HEADS + head) * DV
@@ -140,9 +151,14 @@ def walk_back_kernel(
             state *= tl.exp2(tl.where(closes, half, 0.0))[None, :]
         # [j, i]
         scores = tl.dot(minus_tile, tl.trans(q_tile), input_precision=PRECISION)
+        if DECAY == "scalar":
+            until, after, whole = _decays(gate, rows, mask, gt)
+            scores = _decayed(scores, until, True)
         scores = tl.where(index[:, None] <= index[None, :], scores, 0.0).to(OPERAND)
-        dU = scale * tl.dot(scores, do_tile, input_precision=PRECISION)
-        dU = tl.dot(minus_tile, tl.trans(state.to(OPERAND)), dU, input_precision=PRECISION)
+        dU = tl.dot(minus_tile, tl.trans(state.to(OPERAND)), input_precision=PRECISION)
+        if DECAY == "scalar":
+            dU *= tl.exp(after)[:, None]
+        dU += scale * tl.dot(scores, do_tile, input_precision=PRECISION)
         Z = dU - tl.dot(tl.trans(T), (rate * dU).to(OPERAND), input_precision=PRECISION)
         dX = (rate * Z).to(OPERAND)
         if not SUMMARY:
@@ -154,8 +170,20 @@ def walk_back_kernel(
                 tl.store(dx + out_at, dX.to(dx.dtype.element_ty), mask=v_mask)
             else:
                 tl.store(dx + out_at, Z.to(OPERAND).to(dx.dtype.element_ty), mask=v_mask)
-        read = scale * tl.dot(tl.trans(do_tile), q_tile, input_precision=PRECISION)
-        state += tl.dot(tl.trans(-dX), plus_tile, read, input_precision=PRECISION)
+        of_o = do_tile
+        of_x = -dX
+        if DECAY == "scalar":
+            state *= tl.exp(whole)
+            entered = tl.exp(until)[:, None]
+            decayed_o = do_tile * entered
+            decayed_x = of_x * entered
+            of_o = decayed_o.to(OPERAND)
+            of_x = decayed_x.to(OPERAND)
+        read = tl.dot(tl.trans(of_o), q_tile, input_precision=PRECISION)
+        if SPLIT:
+            read = tl.dot(tl.trans(_low(decayed_o, of_o)), q_tile, read)
+            state = tl.dot(tl.trans(_low(decayed_x, of_x)), plus_tile, state)
+        state += tl.dot(tl.trans(of_x), plus_tile, scale * read, input_precision=PRECISION)
         if FRAMED:
             state *= tl.exp2(tl.where(opens, half, 0.0))[None, :]
 
@@ -175,8 +203,10 @@ def keys_kernel(
     plus,
     d_plus,
     out,
+    gate,
     leaving,
     saved,
+    shares,
     flows,
     halves,
     steps,
@@ -199,6 +229,9 @@ def keys_kernel(
     kb,
     kt,
     kh,
+    gb,
+    gt,
+    gh,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DK: tl.constexpr,
@@ -207,17 +240,20 @@ def keys_kernel(
     BV: tl.constexpr,
     C: tl.constexpr,
     SPAN: tl.constexpr,
-    FRAMED: tl.constexpr,
+    DECAY: tl.constexpr,
+    OWN: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dK⁻ of one piece and some of its channels, [B, T, H, DK]; without decay dK⁺ is added to it.
+    """dK⁻ of one piece and some of its channels, [B, T, H, DK]; without frames dK⁺ is added to it.
 
-    u, dx, do [B, T, H, DV]. With decay, what its gradient needs: saved [B, saves, H, DK, DV] of
-    `walk_kernel`, and flows [B, blocks, H, DK].
+    u, dx, do [B, T, H, DV]. With decay, what its gradient needs: saved [B, saves, H, DK, DV] of the
+    pass "dq"; flows [B, blocks, H, DK], or with scalar decay shares [B, H, BLOCKS, T] and flows [B,
+    H, BLOCKS, blocks]. OWN: whether a token's share of itself is counted, as that pass does.
     """
-    SPLIT: tl.constexpr = FRAMED and tl.bfloat16 == OPERAND
+    FRAMED: tl.constexpr = DECAY == "frames"
+    SPLIT: tl.constexpr = DECAY != "none" and tl.bfloat16 == OPERAND
     BLOCKS: tl.constexpr = (DK + BK - 1) // BK
     pid = tl.program_id(0)
     block = pid % BLOCKS
@@ -250,11 +286,17 @@ def keys_kernel(
         count = tl.load(counts + (batch * HEADS + head) * pieces + piece)
         steps += ((batch * HEADS + head) * chunks + first_chunk) * (C // 8)
         halves += ((batch * chunks + first_chunk) * (C // 8) * HEADS + head) * DK
+        flows += ((batch * blocks + tl.load(row + 4)) * HEADS + head) * DK
+    if DECAY == "scalar":
+        gate += batch * gb + head * gh + start * gt
+        line = (batch * HEADS + head) * BLOCKS + block
+        shares += line * tokens + start
+        flows += line * blocks + tl.load(row + 4)
+    if DECAY != "none":
         first_save = tl.load(row + 5)
         piece_saves = tl.load(row + 6) - first_save
         saved += ((batch * saves + first_save) * HEADS + head) * SIZE
         saved_at, saved_inside = _state(saved, k_cols, cols, DV, 1, DK, DV)
-        flows += ((batch * blocks + tl.load(row + 4)) * HEADS + head) * DK
 
     for turn in tl.range(count, num_stages=STAGES):
         first, stop, at_half, opens, closes = _part(steps, count - 1 - turn, length, C, FRAMED)
@@ -266,21 +308,34 @@ def keys_kernel(
         q_tile = _tile(q, rows, mask, k_cols, qt, DK, BLOCKS * BK).to(OPERAND)
         plus_tile = _tile(plus, rows, mask, k_cols, kt, DK, BLOCKS * BK).to(OPERAND)
 
-        if FRAMED:
+        if DECAY != "none":
             every = first // SPAN
             if (stop % SPAN == 0) | (stop == length):
                 flow = tl.zeros([BK], tl.float32)
                 if every < piece_saves:
                     at = saved_at + every.to(tl.int64) * (HEADS * SIZE)
                     flow = tl.sum(tl.load(at, mask=saved_inside, other=0.0) * state, 1)
-                tl.store(flows + every * (HEADS * DK) + k_cols, flow, mask=k_cols < DK)
+                if FRAMED:
+                    tl.store(flows + every * (HEADS * DK) + k_cols, flow, mask=k_cols < DK)
+                else:
+                    tl.store(flows + every, tl.sum(flow, 0))
+        if FRAMED:
             half_at = halves + at_half.to(tl.int64) * (HEADS * DK) + k_cols
             half = tl.load(half_at, mask=k_cols < DK, other=0.0)
             state *= tl.exp2(tl.where(closes, half, 0.0))[:, None]
         of_o = tl.dot(u_tile, tl.trans(do_tile), input_precision=PRECISION)
         of_o = tl.where(index[:, None] <= index[None, :], of_o, 0.0)
+        if DECAY == "scalar":
+            until, after, whole = _decays(gate, rows, mask, gt)
+            of_o = _decayed(of_o, until, True)
+            if not OWN:
+                itself = index[:, None] == index[None, :]
+                own = tl.sum(tl.where(itself, of_o, 0.0), 1)[:, None]
+                of_o = tl.where(itself, 0.0, of_o)
         of_x = tl.dot(u_tile, tl.trans(dx_tile), input_precision=PRECISION)
         of_x = tl.where(index[:, None] < index[None, :], of_x, 0.0)
+        if DECAY == "scalar":
+            of_x = _decayed(of_x, until, True)
         high = of_o.to(OPERAND)
         mixed = tl.dot(high, q_tile, input_precision=PRECISION)
         if SPLIT:
@@ -290,15 +345,32 @@ def keys_kernel(
         if SPLIT:
             mixed = tl.dot(_low(of_x, high), plus_tile, mixed)
         high = state.to(OPERAND)
-        mixed = tl.dot(u_tile, tl.trans(high), mixed, input_precision=PRECISION)
+        read = tl.dot(u_tile, tl.trans(high), input_precision=PRECISION)
         if SPLIT:
-            mixed = tl.dot(u_tile, tl.trans(_low(state, high)), mixed)
+            read = tl.dot(u_tile, tl.trans(_low(state, high)), read)
+        if DECAY == "scalar":
+            read *= tl.exp(after)[:, None]
+        mixed += read
+        if DECAY == "scalar":
+            tl.store(shares + rows, tl.sum(mixed * plus_tile, 1), mask=mask)
+            if not OWN:
+                mixed += scale * own * q_tile
         out_at = here * DK + rows[:, None] * (HEADS * DK) + k_cols[None, :]
         out_mask = mask[:, None] & (k_cols < DK)[None, :]
         if not FRAMED:
             mixed += tl.load(d_plus + out_at, mask=out_mask, other=0.0)
         tl.store(out + out_at, mixed.to(out.dtype.element_ty), mask=out_mask)
-        added = scale * tl.dot(tl.trans(q_tile), do_tile, input_precision=PRECISION)
-        state += tl.dot(tl.trans(plus_tile), dx_tile, added, input_precision=PRECISION)
+        if DECAY == "scalar":
+            state *= tl.exp(whole)
+            entered = tl.exp(until)[:, None]
+            decayed_q = q_tile * entered
+            decayed_plus = plus_tile * entered
+            q_tile = decayed_q.to(OPERAND)
+            plus_tile = decayed_plus.to(OPERAND)
+        added = tl.dot(tl.trans(q_tile), do_tile, input_precision=PRECISION)
+        if DECAY == "scalar" and SPLIT:
+            added = tl.dot(tl.trans(_low(decayed_q, q_tile)), do_tile, added)
+            state = tl.dot(tl.trans(_low(decayed_plus, plus_tile)), dx_tile, state)
+        state += tl.dot(tl.trans(plus_tile), dx_tile, scale * added, input_precision=PRECISION)
         if FRAMED:
             state *= tl.exp2(tl.where(opens, half, 0.0))[:, None]

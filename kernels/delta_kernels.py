@@ -1,8 +1,8 @@
 """Triton kernels of the delta rule with no, scalar or diagonal decay, forwards.
 
-Relative to the middle of a frame (frame_kernels.py) nothing decays, and the rule has two keys: with
-the state S before and S' after a step of at most 32 tokens, β on the diagonal of B, and V the
-step's values (WY form: arXiv 2406.06484, with decay 2412.06464 and 2510.26692),
+Relative to the middle of a frame (frame_kernels.py) no diagonal decay is left, and the rule has two
+keys: with the state S before and S' after a step of at most 32 tokens, β on the diagonal of B, and
+V the step's values (WY form: arXiv 2406.06484, with decay 2412.06464 and 2510.26692),
 
     U = B R        R = X - T B X        X = V - K⁺ S        S' = S + K⁻ᵀ U
     T = M (1 + B M)⁻¹                   M: the part of K⁺ K⁻ᵀ below the diagonal
@@ -11,6 +11,10 @@ Here r_t is what v_t differs by from what the state returns for k_t, and u_t = �
 keys only: `solve_kernel` finds it for all steps at once, by forward substitution, which stays exact
 where keys repeat and β is 2. `walk_kernel` goes from step to step. Given U the rest is linear
 attention of q, K⁻ and U, by the kernels there (decay_kernels.py); without decay K⁺ = K⁻ = k.
+
+With one decay a head K⁺ = K⁻ = k likewise, and with G the running sum of log decays in the step,
+products take on factors of at most 1 each: M_ij of e^(G_i - G_j), what token i reads of S of e^G_i,
+and what j leaves in S' of e^(G_end - G_j), as S itself of e^G_end.
 
 The columns of S are independent; so a program walks with a few of them, held transposed. The map of
 a piece, S' = A S + B, is the same walk from a state of no columns of values, 0, and one more for
@@ -32,6 +36,23 @@ STEP = tl.constexpr(32)  # tokens
 def _low(x, high):
     """What rounding x to `high` left, rounded alike."""
     return (x - high.to(tl.float32)).to(high.dtype)
+
+
+@triton.jit
+def _decays(gate, rows, mask, stride):
+    """Of a step's log decays: sums up to and with each token, of those after it, and of all."""
+    decays = tl.load(gate + rows * stride, mask=mask, other=0.0).to(tl.float32)
+    until = tl.cumsum(decays, 0)
+    whole = tl.sum(decays, 0)
+    return until, whole - until, whole
+
+
+@triton.jit
+def _decayed(scores, until, PRIOR: tl.constexpr):
+    """Scores times the decay from the earlier token to the later: [i, j] of queries i and keys j;
+    PRIOR: [j, i]."""
+    reach = until[None, :] - until[:, None] if PRIOR else until[:, None] - until[None, :]
+    return scores * tl.exp(tl.minimum(reach, 0.0))
 
 
 @triton.jit
@@ -77,6 +98,7 @@ def solve_kernel(
     plus,
     minus,
     beta,
+    gate,
     solved,
     levels,
     table,
@@ -89,12 +111,15 @@ def solve_kernel(
     bb,
     bt,
     bh,
+    gb,
+    gt,
+    gh,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DK: tl.constexpr,
     BK: tl.constexpr,
     C: tl.constexpr,
-    FRAMED: tl.constexpr,
+    DECAY: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -111,7 +136,7 @@ def solve_kernel(
     start = tl.load(table + 3 * chunk).to(tl.int64) + part * STEP
     length = tl.load(table + 3 * chunk + 1) - part * STEP
     size = STEP
-    if FRAMED:
+    if DECAY == "frames":
         size = tl.minimum(C >> tl.load(levels + (batch * chunks + chunk) * HEADS + head), STEP)
 
     index = tl.arange(0, 16)
@@ -135,6 +160,13 @@ def solve_kernel(
     M11 = tl.where(before, M11, 0.0)
     M22 = tl.where(before, M22, 0.0)
     M21 = tl.where(size == STEP, M21, 0.0)
+    if DECAY == "scalar":
+        gate += batch * gb + head * gh + start * gt
+        until1, after1, _ = _decays(gate, index, upper, gt)
+        until2, _, _ = _decays(gate, index + 16, lower, gt)
+        M11 = _decayed(M11, until1, False)
+        M22 = _decayed(M22, until2, False)
+        M21 *= tl.exp(until2[:, None] + after1[None, :])
     beta += batch * bb + head * bh + start * bt
     beta1 = tl.load(beta + index * bt, mask=upper, other=0.0).to(tl.float32)
     beta2 = tl.load(beta + (index + 16) * bt, mask=lower, other=0.0).to(tl.float32)
@@ -153,18 +185,18 @@ def solve_kernel(
     tl.store(at + 16 * STEP + 16, T22.to(kind), mask=lower[:, None])
 
 
-@triton.jit(do_not_specialize=["batches", "tokens", "pieces", "chunks", "slots", "saves"])
+@triton.jit(do_not_specialize=["batches", "tokens", "pieces", "chunks", "slots"])
 def walk_kernel(
     plus,
     minus,
     keys,
     v,
     beta,
+    gate,
     solved,
     u,
     r,
     entering,
-    saved,
     A,
     B,
     halves,
@@ -176,7 +208,6 @@ def walk_kernel(
     pieces,
     chunks,
     slots,
-    saves,
     kb,
     kt,
     kh,
@@ -186,6 +217,9 @@ def walk_kernel(
     bb,
     bt,
     bh,
+    gb,
+    gt,
+    gh,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DK: tl.constexpr,
@@ -193,18 +227,15 @@ def walk_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
-    FRAMED: tl.constexpr,
+    DECAY: tl.constexpr,
     KEYS: tl.constexpr,
     SUMMARY: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    SPAN: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """U of one piece, [B, T, H, DV], from the state that enters it; RESIDUAL: and R, and
-    with decay, for its gradient, the states at the ends of blocks of SPAN tokens, saved [B, saves,
-    H, DK, DV] (decay_kernels.py).
+    """U of one piece, [B, T, H, DV], from the state that enters it; RESIDUAL: and R.
 
     SUMMARY: "AB": not those, but A [B, N, H, DK, DK] and B [B, N, H, DK, DV] of each piece, or "A".
     States and what is read of them are taken in two parts then, for a chain of many pieces must
@@ -213,7 +244,10 @@ def walk_kernel(
     KEYS: V goes into the state by keys of its own, of the form of `minus`, and X is -(K⁺ S + P V)
     with P the part of K⁺ Kᵀ below the diagonal (dplr_kernels.py).
     """
+    FRAMED: tl.constexpr = DECAY == "frames"
     SPLIT: tl.constexpr = SUMMARY != "" and tl.bfloat16 == OPERAND
+    # U is rounded once; times its decay to the step's end it would be once more
+    SPLIT_ADDED: tl.constexpr = SPLIT or (DECAY == "scalar" and tl.bfloat16 == OPERAND)
     OF_B: tl.constexpr = 0 if SUMMARY == "A" else (DV + BV - 1) // BV
     OF_A: tl.constexpr = (DK + BV - 1) // BV if SUMMARY != "" else 0
     BLOCKS: tl.constexpr = OF_A + OF_B
@@ -245,11 +279,6 @@ def walk_kernel(
             pointers, inside = _state(base, v_cols, cols, 1, DV, DV, DK)
             state = tl.load(pointers, mask=inside, other=0.0)
         valued = v_cols < DV
-        if RESIDUAL and FRAMED:
-            first_save = tl.load(row + 5)
-            piece_saves = tl.load(row + 6) - first_save
-            saved += ((batch * saves + first_save) * HEADS + head) * (DK * DV)
-            saved_at, saved_inside = _state(saved, v_cols, cols, 1, DV, DV, DK)
     start = tl.load(row).to(tl.int64)
     length = tl.load(row + 1)
 
@@ -259,6 +288,7 @@ def walk_kernel(
         keys += batch * kb + head // GROUP * kh + start * kt
     v += batch * vb + head * vh + start * vt
     beta += batch * bb + head * bh + start * bt
+    gate += batch * gb + head * gh + start * gt
     solved += ((batch * HEADS + head) * tokens + start) * STEP
     out = ((batch * tokens + start) * HEADS + head) * DV
     count = tl.cdiv(length, STEP)
@@ -288,6 +318,10 @@ def walk_kernel(
         read = tl.dot(plus_tile, tl.trans(high), input_precision=PRECISION)
         if SPLIT:
             read = tl.dot(plus_tile, tl.trans(_low(state, high)), read)
+        if DECAY == "scalar":
+            until, after, whole = _decays(gate, rows, mask, gt)
+            read *= tl.exp(until)[:, None]
+            state *= tl.exp(whole)
         if KEYS:
             v_tile = v_tile.to(OPERAND)
             keys_tile = _tile(keys, rows, mask, cols, kt, DK, BK).to(OPERAND)
@@ -308,18 +342,18 @@ def walk_kernel(
             tl.store(u + out_at, high.to(u.dtype.element_ty), mask=v_mask)
             if RESIDUAL:
                 tl.store(r + out_at, R.to(r.dtype.element_ty), mask=v_mask)
+        if DECAY == "scalar":
+            if SUMMARY == "":
+                U = high.to(tl.float32)
+            U *= tl.exp(after)[:, None]
+            high = U.to(OPERAND)
         state = tl.dot(tl.trans(high), minus_tile, state, input_precision=PRECISION)
-        if SPLIT:
+        if SPLIT_ADDED:
             state = tl.dot(tl.trans(_low(U, high)), minus_tile, state)
         if KEYS:
             state = tl.dot(tl.trans(v_tile), keys_tile, state, input_precision=PRECISION)
         if FRAMED:
             state *= tl.exp2(tl.where(closes, half, 0.0))[None, :]
-        if RESIDUAL and FRAMED:
-            every = first // SPAN
-            if ((stop % SPAN == 0) | (stop == length)) & (every < piece_saves):
-                at = saved_at + every.to(tl.int64) * (HEADS * DK * DV)
-                tl.store(at, state, mask=saved_inside)
 
     if SUMMARY != "":
         summaries = tl.num_programs(0) // (BLOCKS * HEADS) // batches

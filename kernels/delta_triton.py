@@ -1,9 +1,9 @@
 """The (gated) delta rule on GPUs: the Triton kernels, launched.
 
-Forward: take decay out of q and k (frames.py), solve the steps' systems, summarise the pieces that
-hand a state on, scan, walk for U; then o is linear attention's. Backward: the same, walk back for
-dX; dq and dk are linear attention's again. Nothing is kept from the forward pass but the states
-that entered the pieces.
+Forward: take diagonal decay out of q and k (frames.py), solve the steps' systems, summarise the
+pieces that hand a state on, scan, walk for U; then o is linear attention's. Backward: the same,
+walk back for dX; dq and dk are linear attention's again. Nothing is kept from the forward pass but
+the states that entered the pieces.
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,15 @@ from torch import Tensor
 
 from seqpar.kernels import frames
 from seqpar.kernels.delta_back_kernels import keys_kernel
+from seqpar.kernels.family import Prepared
 from seqpar.kernels.launch import Launch, plan
-from seqpar.kernels.passes import Passes, is_for_hopper, operand_dtype, ungroup
+from seqpar.kernels.passes import Passes, Traces, is_for_hopper, operand_dtype, ungroup
 from seqpar.kernels.pieces import Late, Pieces
 from seqpar.kernels.strides import dense
 from seqpar.kernels.tuned import (
     BLOCK,
     HOPPER_WIDTHS,
+    Config,
     ceil_div,
     run_config,
     walk_config,
@@ -43,20 +45,29 @@ class TritonDelta(WalkFamily):
         gates: Sequence[Tensor],
         scale: float,
         pieces: Pieces,
-    ) -> "_Prepared":
+    ) -> Prepared:
         given = q, k
         q, k, v = dense(q), dense(k), dense(v)
         beta, gate = gates[0], dense(gates[1]) if self.decayed else k
-        calls = plan(pieces, "delta", self.decayed, scale, q, k, v, beta, gate)
-        decay, found, chunk, plus = "diagonal" if self.decayed else "none", None, 64, k
-        operand = operand_dtype(q.dtype)
-        fits = k.shape[3] in HOPPER_WIDTHS and (self.decayed or is_for_hopper(q, k))
-        hopper = calls.once("hopper", lambda: fits and is_for_hopper(v))
+        decay = "none"
         if self.decayed:
+            decay = "scalar" if gate.shape[3] == 1 else "diagonal"
+        calls = plan(pieces, "delta", decay, scale, q, k, v, beta, gate)
+        found, chunk, plus, operand = None, 64, k, operand_dtype(q.dtype)
+        framed = decay == "diagonal"
+        fits = k.shape[3] in HOPPER_WIDTHS and (decay != "scalar" or scale > 0)
+        fits = fits and (framed or is_for_hopper(q, k))
+        hopper = calls.once("hopper", lambda: fits and is_for_hopper(v))
+        if framed:
             chunk = 64 if hopper else run_config(k.shape[3], v.shape[3], v.dtype).chunk
-            found = frames.enter(q, k, gate, pieces, BLOCK[decay], chunk, operand, calls, PART)
+            part = chunk if hopper else PART
+            found = frames.enter(q, k, gate, pieces, BLOCK[decay], chunk, operand, calls, part)
             q, k, plus = found.q, found.k, found.plus
         passes = Passes(decay, pieces, calls, hopper, chunk, gate, found)
+        if hopper:
+            from seqpar.kernels.hopper_delta import HopperDelta  # Gluon only where it is used
+
+            return HopperDelta(passes, scale, given, q, plus, k, v, beta)
         return _Prepared(passes, scale, operand, given, q, plus, k, None, v, beta)
 
 
@@ -66,37 +77,43 @@ class _Prepared(Walks):
     def run(self, entering: Late) -> Tensor:
         states = entering()
         u = self._empty()
-        self._walk(u, u, states, states, states, states, self.passes.table)
+        self._walk(u, u, states, states, states, self.passes.table)
+        self._solved = None  # its room is o's
         return self.passes.run("o", (self.q, self.minus, u), states, self.scale, self.v.dtype)
 
     def run_backward(
         self, entering: Tensor, do: Tensor, leaving: Late, wanted: Sequence[bool]
     ) -> list[Tensor | None]:
-        passes, minus = self.passes, self.minus
-        traces = passes.traces(minus, self.v) if passes.frames is not None else None
-        dtype = torch.float32 if passes.frames is not None else self.given[0].dtype
+        passes, minus, found = self.passes, self.minus, self.passes.frames
+        dtype = self.given[0].dtype if found is None else torch.float32
         u, r = self._empty(), self._empty()
-        saved, flows = (traces.saved, traces.flows) if traces else (entering, entering)
-        unused = entering, entering, passes.table
-        self._walk(u, r, entering, saved, *unused, residual=True)
-        # rounding does not cancel in the gradient of the decays, as steps are not these chunks
-        forth = partial(
-            passes.run, states=entering, transposed=True, split=passes.frames is not None
-        )
-        dq = forth("dq", (do, u, minus), scale=self.scale, dtype=dtype)
+        self._walk(u, r, entering, entering, entering, passes.table, residual=True)
         adjoints = leaving()
         dx, d_beta = self._values_back(do, r, adjoints)
-        d_plus = forth("d_plus", (dx, u, minus), scale=-1.0, dtype=torch.float32, strict=True)
-        dk = self._keys_back(u, do, dx, d_plus, adjoints, saved, flows, dtype)
-        found = [d_beta.to(self.beta.dtype)]
-        if passes.frames is not None and traces is not None:
+        del r
+        self._solved = None  # their room is the passes'
+        traces = None
+        if passes.decay != "none":
+            lines = ceil_div(minus.shape[3], self._keys_config.columns)
+            traces = passes.traces(minus, self.v, lines)
+        # rounding does not cancel in the gradient of the decays, as steps are not these chunks
+        split = traces is not None
+        forth = partial(passes.run, states=entering, dtype=dtype, transposed=True, split=split)
+        dq = forth("dq", (do, u, minus), scale=self.scale, other=self.q, traces=traces)
+        shared = traces if found is None else None  # `frames.leave` finds the share of the frames'
+        operands = dx, u, minus
+        d_plus = forth("d_plus", operands, scale=-1.0, strict=True, other=self.plus, traces=shared)
+        dk = self._keys_back(u, do, dx, d_plus, adjoints, traces)
+        gradients: list[Tensor | None] = [d_beta.to(self.beta.dtype)]
+        if traces is not None:
             gate = passes.gate
-            kept = gate, traces.flows, passes.blocks, self.given[0].dtype, passes.calls
-            dq, dk, d_gate = frames.leave(passes.frames, dq, dk, *kept, d_plus)
-            if gate.shape[3] == 1:
-                d_gate = d_gate.sum(3, keepdim=True)
-            found.append(d_gate.to(gate.dtype))
-        return [*map(ungroup, (dq, dk), self.given), dx.to(self.v.dtype), *found]
+            if found is not None:
+                kept = gate, traces.flows, passes.blocks, self.given[0].dtype, passes.calls
+                dq, dk, d_gate = frames.leave(found, dq, dk, *kept, d_plus)
+            else:
+                d_gate = passes.d_gate(traces)
+            gradients.append(d_gate.to(gate.dtype))
+        return [*map(ungroup, (dq, dk), self.given), dx.to(self.v.dtype), *gradients]
 
     def _values_back(self, do: Tensor, r: Tensor, adjoints: Tensor) -> tuple[Tensor, Tensor]:
         """dX and dβ [B, T, HV, 1]."""
@@ -107,6 +124,14 @@ class _Prepared(Walks):
         self._walk_back(do, r, dx, shares, adjoints, adjoints, self.passes.table, residual=True)
         return dx, shares.sum(2).transpose(1, 2)[..., None]
 
+    @property
+    def _keys_config(self) -> Config:
+        """Of the keys' kernel: rows of v, columns of k."""
+        (batch, _, heads, V), K = self.v.shape, self.minus.shape[3]
+        walks = batch * heads * len(self.passes.table)
+        framed = self.passes.frames is not None
+        return walk_config(V, K, self.v.dtype, framed, walks, self.v.device)
+
     def _keys_back(
         self,
         u: Tensor,
@@ -114,32 +139,34 @@ class _Prepared(Walks):
         dx: Tensor,
         d_plus: Tensor,
         adjoints: Tensor,
-        saved: Tensor,
-        flows: Tensor,
-        dtype: torch.dtype,
+        traces: Traces | None,
     ) -> Tensor:
-        """The gradient of k⁻; without decay, of k."""
+        """The gradient of k⁻; without frames, of k, in d_plus's room."""
         passes = self.passes
-        dk = torch.empty_like(d_plus, dtype=dtype)
+        dk = d_plus if passes.frames is None else torch.empty_like(d_plus)
+        saved = shares = flows = adjoints
+        if traces is not None:
+            saved, flows, shares = traces.saved, traces.flows, traces.shares.get("dk", adjoints)
 
         def make() -> Launch:
-            strides = (s for x in (do, self.q, self.plus) for s in x.stride()[:3])
+            tensors = do, self.q, self.plus, passes.gate
+            strides = (s for x in tensors for s in x.stride()[:3])
             blocks = len(passes.blocks)
             numbers = [self.scale, *self._counts(adjoints), saved.shape[1], blocks, *strides]
-            K, (batch, _, heads, V) = dk.shape[3], self.v.shape
-            walks = batch * heads * len(passes.table)
-            framed = passes.frames is not None
-            config = walk_config(V, K, self.v.dtype, framed, walks, dk.device)
+            config = self._keys_config
             given = self._constants | {
                 "BK": config.columns,
                 "BV": config.rows,
                 "SPAN": passes.block,
+                "OWN": passes.hopper,
                 "num_warps": config.warps,
                 "STAGES": config.stages,
             }
-            return Launch(keys_kernel, walks * ceil_div(K, config.columns), numbers, **given)
+            batch, _, heads, K = dk.shape
+            programs = ceil_div(K, config.columns) * batch * heads * len(passes.table)
+            return Launch(keys_kernel, programs, numbers, **given)
 
         keys = passes.calls.once(("keys", adjoints.shape[1]), make)
-        tensors = u, do, dx, self.q, self.plus, d_plus, dk, adjoints, saved, flows
-        keys(*tensors, *self._parts, passes.table)
+        tensors = u, do, dx, self.q, self.plus, d_plus, dk, passes.gate, adjoints, saved
+        keys(*tensors, shares, flows, *self._parts, passes.table)
         return dk

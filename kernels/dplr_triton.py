@@ -63,7 +63,7 @@ class _Prepared(Walks):
     def run(self, entering: Late) -> Tensor:
         states = entering()
         u = self._empty()
-        self._walk(u, u, states, states, states, states, self.passes.table)
+        self._walk(u, u, states, states, states, self.passes.table)
         o = torch.empty_like(self.v, memory_format=torch.contiguous_format)
         self._pass("o", (self.q, self.q, self.minus, u, self._keys, self.v), o, o, states)
         return o
@@ -74,7 +74,7 @@ class _Prepared(Walks):
         passes, a, b, k, v = self.passes, self.plus, self.minus, self._keys, self.v
         traces = passes.traces(k, v)
         u, dx = self._empty(), self._empty()
-        self._walk(u, u, entering, entering, entering, entering, passes.table)
+        self._walk(u, u, entering, entering, entering, passes.table)
         adjoints = leaving()
         self._walk_back(do, u, dx, u, adjoints, adjoints, passes.table)
         dv = torch.empty_like(v, memory_format=torch.contiguous_format)

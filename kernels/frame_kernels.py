@@ -8,9 +8,9 @@ sum over the whole frame, let
 per channel. Then q'_i · k'_j is the decayed score, S' + Σ_j k'_j v_jᵀ is the state at the frame's
 end but for another factor e^M, and o_i = q'_iᵀ S' + Σ_j (q'_i · k'_j) v_j: a frame without decay,
 forwards and backwards. The delta rule reads the state by the keys as well; for that there is a
-second key, k⁺_i = k_i e^(G_i - M) (delta_kernels.py). One decay for all channels of a head is taken
-as that of each (EQUAL). Of DPLR, a and b are taken likewise, but a_i reads the state before token i
-decays it: a'_i = a_i e^(G_(i-1) - M), G being 0 before the frame (BEFORE).
+second key, k⁺_i = k_i e^(G_i - M) (delta_kernels.py). Of DPLR, a and b are taken likewise, but a_i
+reads the state before token i decays it: a'_i = a_i e^(G_(i-1) - M), G being 0 before the frame
+(BEFORE).
 
 Factors reach e^-M; so where a channel decays by more than REACH within C tokens, the frame is
 halved, down to 8 tokens. Decays beyond REACH / 8 count as that: e^-18 = 1.5e-8 of a state is left
@@ -69,11 +69,7 @@ def _exp2(x, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _decays(
-    gate, rows, mask, columns, stride, DIM: tl.constexpr, D: tl.constexpr, EQUAL: tl.constexpr
-):
-    if EQUAL:
-        columns = columns * 0
+def _decays(gate, rows, mask, columns, stride, DIM: tl.constexpr, D: tl.constexpr):
     decays = _tile(gate, rows, mask, columns, stride, DIM, D).to(tl.float32)
     return tl.maximum(decays, -STEEPEST) * LOG2E
 
@@ -107,7 +103,6 @@ def enter_kernel(
     D: tl.constexpr,
     C: tl.constexpr,
     HALVINGS: tl.constexpr,
-    EQUAL: tl.constexpr,
     PLUS: tl.constexpr,
     BEFORE: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -125,7 +120,7 @@ def enter_kernel(
     mask = rows < tl.load(table + 3 * chunk + 1)
     columns = tl.arange(0, D)
     gate += batch * gb + head * gh + start * gt
-    decays = _decays(gate, rows, mask, columns, gt, DIM, D, EQUAL)
+    decays = _decays(gate, rows, mask, columns, gt, DIM, D)
     q_tile = _tile(
         q + batch * qb + head // GROUP * qh + start * qt, rows, mask, columns, qt, DIM, D
     )
@@ -230,7 +225,6 @@ def leave_kernel(
     DIM: tl.constexpr,
     D: tl.constexpr,
     C: tl.constexpr,
-    EQUAL: tl.constexpr,
     PLUS: tl.constexpr,
     BEFORE: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -238,7 +232,7 @@ def leave_kernel(
     """Gradients of q, k and the decays [B, T, H, DIM] in one block, from those of q' and k'.
 
     PLUS: and of k⁺. BEFORE: instead k⁺ is a' of DPLR and `minus` is b', with gradients of their
-    own. With one decay for all channels, its gradient is the sum of what is written.
+    own.
 
     flows [B, blocks, H, DIM]: <S, λ> at the end of each block (see decay_kernels.py). `table`:
     `tables.cut_rows`. q_gradient may be q, and so on, and d_gate dq.
@@ -264,7 +258,7 @@ def leave_kernel(
         chunk = count - 1 - step
         origin = start + chunk * C
         mask = chunk * C + rows < length
-        decays = _decays(gate + origin * gt, rows, mask, columns, gt, DIM, COLS * D, EQUAL)
+        decays = _decays(gate + origin * gt, rows, mask, columns, gt, DIM, COLS * D)
         at = ((batch * tokens + origin) * HEADS + head) * DIM + offsets
         inside = mask[:, None] & (columns < DIM)[None, :]
         q_tile = tl.load(q + at, mask=inside, other=0.0).to(tl.float32)

@@ -45,7 +45,7 @@ def enter(
     parts: int | None = None,
     beside: Frames | None = None,
 ) -> Frames:
-    """The frames of q and k [B, T, H, K] under log decays [B, T, HV, 1 or K].
+    """The frames of q and k [B, T, H, K] under log decays [B, T, HV, K].
 
     block: for `tables.piece_rows`; chunk: 16, 32 or 64; dtype: of the new q and k; plan: of calls
     like this one; parts: for the delta rule, the most tokens that a part of a frame may have.
@@ -79,7 +79,6 @@ def enter(
             D=padded(dim),
             C=chunk,
             HALVINGS=(chunk // 8).bit_length() - 1,
-            EQUAL=gate.shape[3] == 1,
             PLUS=parts is not None,
             BEFORE=beside is not None,
             SPLIT=dtype == torch.bfloat16,
@@ -129,7 +128,7 @@ def leave(
 
     d_plus: the gradient of k⁺. flows: [B, blocks, HV, K], <S, λ> at the end of each block of the
     table `blocks`. The frames' q and k and dq are written over. The gradients of q and k are of
-    `dtype`. With one decay for all channels, its gradient is the sum over K of the third.
+    `dtype`.
 
     beside: of DPLR, the frames of a and b, and their gradients, which become those of a and b.
     """
@@ -151,7 +150,6 @@ def leave(
             DIM=dim,
             D=columns,
             C=frames.chunk,
-            EQUAL=gate.shape[3] == 1,
             PLUS=d_plus is not None,
             BEFORE=beside is not None,
             SPLIT=frames.q.dtype == torch.bfloat16,

@@ -1,6 +1,6 @@
 """The run kernel for Hopper: which calls it takes, and its launch with tensor descriptors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -46,15 +46,15 @@ def hopper_launch(p: Pass) -> Callable[..., None]:
         GATE=p.gated,
         STRICT=p.strict,
         SPLIT=p.split,
+        EXACT=p.exact,
         SPAN=p.block,
         STAGES=3,
         num_warps=DZ // 16,
     )
-    forms = [_form(x) for x in (p.x, p.y, p.z, p.other, p.out)]
+    tiled = tiles(p.x, p.y, p.z, p.other, p.out)
 
     def run(x: Tensor, y: Tensor, z: Tensor, other: Tensor, out: Tensor, *rest: Tensor) -> None:
-        tiled = map(_descriptor, forms, (x, y, z, other, out))
-        launch(*tiled, out, *rest)
+        launch(*tiled(x, y, z, other, out), out, *rest)
 
     return run
 
@@ -67,13 +67,19 @@ def _is_matrix(x: Tensor) -> bool:
     return x.stride(3) == 1 and rows and aligned and x.stride(1) > 0 and x.stride(2) > 0
 
 
-def _form(x: Tensor) -> dict[str, Any]:
+def tiles(*tensors: Tensor, width: int = 128) -> Callable[..., Iterable[TensorDescriptor]]:
+    """Makes the descriptors of tensors like these, in tiles of at most `width` channels."""
+    forms = [_form(x, min(width, x.shape[3])) for x in tensors]
+    return lambda *tensors: map(_descriptor, forms, tensors)
+
+
+def _form(x: Tensor, width: int) -> dict[str, Any]:
     """All of a tensor's descriptor but the tensor."""
     batch, tokens, heads, dim = x.shape
     columns = (heads - 1) * x.stride(2) + dim
-    layout = gl.NVMMASharedLayout.get_default_for([CHUNK, dim], DTYPES[x.dtype])
+    layout = gl.NVMMASharedLayout.get_default_for([CHUNK, width], DTYPES[x.dtype])
     shape, strides = [batch * tokens, columns], [x.stride(1), 1]
-    return vars(TensorDescriptor(x, shape, strides, [CHUNK, dim], layout)) | {"base": None}
+    return vars(TensorDescriptor(x, shape, strides, [CHUNK, width], layout)) | {"base": None}
 
 
 def _descriptor(form: dict[str, Any], x: Tensor) -> TensorDescriptor:

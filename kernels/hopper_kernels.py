@@ -19,7 +19,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name until Triton 3.6
+from seqpar.kernels.hopper_parts import (
+    barrier,
+    clear,
+    column,
+    entry_of,
+    exp2,
+    low,
+    rounded,
+    write_decays,
+)
 
 
 @gluon.jit
@@ -52,64 +61,6 @@ def _load(
     tma.async_copy_global_to_shared(z, [row, zc], ready.index(slot), z_tiles.index(slot))
     if SHARES:
         tma.async_copy_global_to_shared(w, [row, wc], ready.index(slot), w_tiles.index(slot))
-
-
-@gluon.jit
-def _clear(tile, length, layout: gl.constexpr):
-    """Zero the rows of a tile from `length` on: they belong to another document."""
-    row = gl.arange(0, tile.shape[0], gl.SliceLayout(1, layout))
-    value = tile.load(layout)
-    tile.store(gl.where((row < length)[:, None], value, gl.zeros_like(value)))
-
-
-@gluon.jit
-def _decays(gate, first, length, stride, C: gl.constexpr, layout: gl.constexpr):
-    """A chunk's log decays [C]; zeros beyond the piece, on either side."""
-    row = first + gl.arange(0, C, layout)
-    inside = (row >= 0) & (row < length)
-    return gl.load(gate + row.to(gl.int64) * stride, mask=inside, other=0.0).to(gl.float32)
-
-
-@gluon.jit
-def _exp2(x):
-    """2^x, zero where that is subnormal: no instructions to save those."""
-    return gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def _write_lines(lines, first, decays, log_scale, REVERSE: gl.constexpr):
-    """What a chunk's decays multiply with, three lines [C]; returns the decay over the whole chunk.
-
-    The running sum in the direction of the run (log2), the decay of what enters the chunk, and of
-    each token up to the chunk's end; the first two with the scale in them.
-    """
-    decays = decays * 1.4426950408889634
-    total = gl.associative_scan(decays, 0, _add)
-    whole = gl.sum(decays, 0)
-    if REVERSE:
-        total = whole - total
-    lines.index(first).store(total)
-    lines.index(first + 1).store(_exp2(total + log_scale))
-    lines.index(first + 2).store(_exp2(whole - total))
-    return _exp2(whole)
-
-
-@gluon.jit
-def _entry(steps, step, count, C: gl.constexpr, FRAMED: gl.constexpr, REVERSE: gl.constexpr):
-    """The chunk of a step, or its frame: (first token / 8) * 4 + level; any beyond the last."""
-    turn = step
-    if REVERSE:
-        turn = count - 1 - step
-    if FRAMED:
-        return gl.load(steps + turn, mask=step < count, other=0)
-    return turn * (C // 2)
-
-
-@gluon.jit
-def _add(a, b):
-    return a + b
 
 
 # Nothing is specialised by value: one compiled kernel a set of constants (see hopper.py).
@@ -165,12 +116,14 @@ def run_hopper_kernel(
     GATE: gl.constexpr,
     STRICT: gl.constexpr,
     SPLIT: gl.constexpr,
+    EXACT: gl.constexpr,
     SPAN: gl.constexpr,
     STAGES: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     """x, y [B*T, columns], heads `xh`, `yh` columns apart, in tiles [C, DY]; z, out likewise.
-    STRICT: leave j = i out, forwards. SPLIT: take the state and the scores in two parts."""
+    STRICT: leave j = i out, forwards, for any scale, and save nothing. SPLIT: take the state in two
+    parts; EXACT: what goes into it with scalar decay."""
     dtype: gl.constexpr = x.dtype
     FRAMED: gl.constexpr = DECAY == "key" or DECAY == "value"
     SHARES: gl.constexpr = GATE and not FRAMED
@@ -215,9 +168,10 @@ def run_hopper_kernel(
         w_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, DZ], other.layout)
     else:
         w_tiles = z_tiles
-    out_tiles = gl.allocate_shared_memory(out.dtype, [1, C, DZ], out.layout)
+    if not SHARES:
+        out_tiles = gl.allocate_shared_memory(out.dtype, [1, C, DZ], out.layout)
     score_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], dtype)
-    score_tiles = gl.allocate_shared_memory(dtype, [2 if SPLIT else 1, C, C], score_layout)
+    score_tile = gl.allocate_shared_memory(dtype, [C, C], score_layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     if DECAY == "scalar":
         lines = gl.allocate_shared_memory(gl.float32, [8, C], FLAT)
@@ -256,10 +210,10 @@ def run_hopper_kernel(
 
     # one chunk after the other in the direction of the run; three are on their way
     gl.static_assert(STAGES == 3)
-    entry = _entry(steps, 0, count, C, FRAMED, REVERSE)
-    coming_entry = _entry(steps, 1, count, C, FRAMED, REVERSE)
-    loaded_entry = _entry(steps, 2, count, C, FRAMED, REVERSE)
-    wanted_entry = _entry(steps, 3, count, C, FRAMED, REVERSE)
+    entry = entry_of(steps, 0, count, C, FRAMED, REVERSE)
+    coming_entry = entry_of(steps, 1, count, C, FRAMED, REVERSE)
+    loaded_entry = entry_of(steps, 2, count, C, FRAMED, REVERSE)
+    wanted_entry = entry_of(steps, 3, count, C, FRAMED, REVERSE)
     origin = batch * tokens + start
     xc = head // X_GROUP * xh
     yc = head // Y_GROUP * yh
@@ -269,7 +223,7 @@ def run_hopper_kernel(
     out_pointer += (origin.to(gl.int64) * HEADS + head) * DZ
     for i in gl.static_range(STAGES):
         if i < count:
-            row = origin + _entry(steps, i, count, C, FRAMED, REVERSE) // 4 * 8
+            row = origin + entry_of(steps, i, count, C, FRAMED, REVERSE) // 4 * 8
             _load(
                 x,
                 y,
@@ -303,24 +257,26 @@ def run_hopper_kernel(
     first = entry // 4 * 8
     size = gl.minimum(C >> entry % 4, length - first)
     log_scale = gl.log2(scale)
+    if STRICT:
+        log_scale = 0.0
     decayed = 1.0
     if DECAY == "scalar":
         step_rows = C
         if REVERSE:
             step_rows = -C
-        decays = _decays(gate, first, length, gt, C, LINE)
-        decayed = _write_lines(lines, 0, decays, log_scale, REVERSE)
-        decays = _decays(gate, first + step_rows, length, gt, C, LINE)
+        decays = column(gate, first, length, gt, C, LINE)
+        decayed = write_decays(lines, 0, decays, log_scale, REVERSE)
+        decays = column(gate, first + step_rows, length, gt, C, LINE)
     elif FRAMED:
         half = gl.load(halves + (entry // 4).to(gl.int64) * (HEADS * DECAYED))
-        lines.index(0).store(_exp2(half))
+        lines.index(0).store(exp2(half))
         coming_half = gl.load(halves + (coming_entry // 4).to(gl.int64) * (HEADS * DECAYED))
     mbarrier.wait(ready.index(0), 0)
     if size < C:
-        _clear(y_tiles.index(0), size, ROWS)
-        _clear(z_tiles.index(0), size, ROWS)
+        clear(y_tiles.index(0), size, ROWS)
+        clear(z_tiles.index(0), size, ROWS)
         if SHARES:
-            _clear(w_tiles.index(0), size, ROWS)
+            clear(w_tiles.index(0), size, ROWS)
         fence_async_shared()
     barrier()
     scores = warpgroup_mma(
@@ -341,10 +297,10 @@ def run_hopper_kernel(
         y_tile = y_tiles.index(ring)
         z_tile = z_tiles.index(ring)
         if DECAY == "scalar":  # asked for two chunks ahead
-            following_decays = _decays(gate, here + 2 * step_rows, length, gt, C, LINE)
+            following_decays = column(gate, here + 2 * step_rows, length, gt, C, LINE)
         elif FRAMED:
             following_half = gl.load(halves + (loaded_entry // 4).to(gl.int64) * (HEADS * DECAYED))
-        later_entry = _entry(steps, step + 4, count, C, FRAMED, REVERSE)
+        later_entry = entry_of(steps, step + 4, count, C, FRAMED, REVERSE)
 
         if GATE and REVERSE:
             if ends:
@@ -368,23 +324,19 @@ def run_hopper_kernel(
             state = state * lines.index(even).load(gl.SliceLayout(0, STATE))[None, :]
         elif DECAY == "value":
             state = state * lines.index(even).load(gl.SliceLayout(1, STATE))[:, None]
-        high = state.to(dtype)
-        mixed = warpgroup_mma(
-            gl.convert_layout(high, STATE_OPERAND),
-            x_tile.permute((1, 0)),
-            no_mixed,
-            use_acc=False,
-            is_async=True,
-        )
+        high = rounded(state)
+        read = gl.convert_layout(high, STATE_OPERAND)
+        mixed = warpgroup_mma(read, x_tile.permute((1, 0)), no_mixed, use_acc=False, is_async=True)
+        if SPLIT:
+            read_low = gl.convert_layout(low(state, high), STATE_OPERAND)
+            mixed = warpgroup_mma(read_low, x_tile.permute((1, 0)), mixed, is_async=True)
         # the chunk's own scores, decayed, while that runs
         if DECAY == "scalar":
             sum_j = lines.index(4 * even).load(gl.SliceLayout(1, SCORES))
             sum_i = lines.index(4 * even).load(gl.SliceLayout(0, SCORES)) + log_scale
-            scores = scores * _exp2(sum_i[None, :] - sum_j[:, None])
+            scores = scores * exp2(sum_i[None, :] - sum_j[:, None])
         scores = gl.where(allowed, scores, 0.0)
-        score_tiles.index(0).store(scores.to(dtype))
-        if SPLIT:
-            score_tiles.index(1).store((scores - scores.to(dtype).to(gl.float32)).to(dtype))
+        score_tile.store(rounded(scores))
         fence_async_shared()
         tma.store_wait(0)
         barrier()
@@ -415,18 +367,14 @@ def run_hopper_kernel(
         mixed = warpgroup_mma_wait(0, deps=[mixed])
         if DECAY == "scalar":
             mixed = mixed * lines.index(4 * even + 1).load(gl.SliceLayout(0, MIXED))[None, :]
-        if SPLIT:
-            low = (state - state.to(dtype).to(gl.float32)).to(dtype)
-            low = gl.convert_layout(low, STATE_OPERAND)
-            mixed = warpgroup_mma(low, x_tile.permute((1, 0)), mixed, is_async=True)
-        for i in gl.static_range(2 if SPLIT else 1):
-            rounded = score_tiles.index(i)
-            mixed = warpgroup_mma(z_tile.permute((1, 0)), rounded, mixed, is_async=True)
+        mixed = warpgroup_mma(z_tile.permute((1, 0)), score_tile, mixed, is_async=True)
         if DECAY == "scalar":
             reach = lines.index(4 * even + 2).load(gl.SliceLayout(0, ADDED_OPERAND))
-            added = z_tile.permute((1, 0)).load(ADDED_OPERAND)
-            added = (added.to(gl.float32) * reach[None, :]).to(dtype)
-            state = warpgroup_mma(added, y_tile, state * decayed, is_async=True)
+            added = z_tile.permute((1, 0)).load(ADDED_OPERAND).to(gl.float32) * reach[None, :]
+            high = rounded(added)
+            state = warpgroup_mma(high, y_tile, state * decayed, is_async=True)
+            if EXACT:
+                state = warpgroup_mma(low(added, high), y_tile, state, is_async=True)
         else:
             state = warpgroup_mma(z_tile.permute((1, 0)), y_tile, state, is_async=True)
 
@@ -434,17 +382,17 @@ def run_hopper_kernel(
         if step + 1 < count:
             coming = (step + 1) % STAGES
             if DECAY == "scalar":
-                decayed = _write_lines(lines, 4 - 4 * even, decays, log_scale, REVERSE)
+                decayed = write_decays(lines, 4 - 4 * even, decays, log_scale, REVERSE)
                 decays = following_decays
             elif FRAMED:
-                lines.index(1 - even).store(_exp2(coming_half))
+                lines.index(1 - even).store(exp2(coming_half))
                 coming_half = following_half
             mbarrier.wait(ready.index(coming), (step + 1) // STAGES & 1)
             if following_size < C:
-                _clear(y_tiles.index(coming), following_size, ROWS)
-                _clear(z_tiles.index(coming), following_size, ROWS)
+                clear(y_tiles.index(coming), following_size, ROWS)
+                clear(z_tiles.index(coming), following_size, ROWS)
                 if SHARES:
-                    _clear(w_tiles.index(coming), following_size, ROWS)
+                    clear(w_tiles.index(coming), following_size, ROWS)
                 fence_async_shared()
                 barrier()
         coming = (step + 1) % STAGES
@@ -455,8 +403,8 @@ def run_hopper_kernel(
             use_acc=False,
             is_async=True,
         )
-        mixed = warpgroup_mma_wait(2, deps=[mixed])
-        if DECAY != "scalar":
+        mixed = warpgroup_mma_wait(3 if DECAY == "scalar" and EXACT else 2, deps=[mixed])
+        if DECAY != "scalar" or STRICT:
             mixed = mixed * scale
 
         if SHARES:
@@ -477,7 +425,10 @@ def run_hopper_kernel(
             gl.store(out_at, mixed.to(out.dtype), mask=inside_out)
             barrier()  # the scores of this chunk have been read
         else:
-            out_tile = out_tiles.index(0)
+            if SHARES:  # in the place of w, of which each thread has read what it writes
+                out_tile = w_tiles.index(ring)
+            else:
+                out_tile = out_tiles.index(0)
             out_tile.permute((1, 0)).store(mixed.to(out.dtype))
             fence_async_shared()
             barrier()
@@ -488,7 +439,7 @@ def run_hopper_kernel(
         elif DECAY == "value":
             state = state * lines.index(even).load(gl.SliceLayout(1, STATE))[:, None]
 
-        if GATE and not REVERSE:
+        if GATE and not REVERSE and not STRICT:
             if ends and block < piece_saves:
                 gl.store(saved + block.to(gl.int64) * (HEADS * SIZE) + saved_at, state)
         entry = coming_entry

@@ -14,6 +14,7 @@ from seqpar.kernels.frames import Frames
 from seqpar.kernels.launch import Launch
 from seqpar.kernels.once import Once
 from seqpar.kernels.pieces import Pieces
+from seqpar.kernels.state_kernels import gate_kernel
 from seqpar.kernels.tuned import BLOCK, ceil_div, is_hopper, padded, run_config
 
 
@@ -25,7 +26,8 @@ class Pass:
     heads, DZ]; entering [B, slots, heads, K, V]. decay: "none", "scalar", "key" or "value".
     transposed: DZ is K and DY is V. gated: whether the gradient of the decays is wanted; block: its
     tokens; blocks: how many there are. strict: whether a token is left out of its own sum. split:
-    whether the state and the scores are taken in two parts. frames: of diagonal decay.
+    whether the state, the scores and what is added are taken in two parts. frames: of diagonal
+    decay.
     """
 
     x: Tensor
@@ -46,6 +48,7 @@ class Pass:
     gated: bool
     strict: bool
     split: bool
+    exact: bool
     frames: Frames | None
 
     @property
@@ -121,8 +124,11 @@ class Passes:
             return self.table, self.table, self.table
         return self.frames.halves, self.frames.steps, self.frames.counts
 
-    def traces(self, k: Tensor, v: Tensor) -> Traces:
-        """Room for them, for k [B, T, H, K] and v [B, T, HV, V]."""
+    def traces(self, k: Tensor, v: Tensor, key_lines: int | None = None) -> Traces:
+        """Room for them, for k [B, T, H, K] and v [B, T, HV, V].
+
+        key_lines: of "dk", and that there is a pass "d_plus", as the delta rule has it.
+        """
         batch, tokens, heads, V = v.shape
         K = k.shape[-1]
 
@@ -134,8 +140,33 @@ class Passes:
             return Traces({}, empty(len(self.blocks), heads, K), saved)
         columns = run_config(V, K, k.dtype).columns
         lines = K // 16 if self.hopper else ceil_div(K, columns)
-        shares = {name: empty(heads, lines, tokens) for name in ("dq", "dk")}
-        return Traces(shares, empty(heads, lines, len(self.blocks)), saved)
+        counts = {"dq": lines, "dk": key_lines or lines}
+        if key_lines is not None:
+            counts["d_plus"] = lines
+        shares = {name: empty(heads, count, tokens) for name, count in counts.items()}
+        return Traces(shares, empty(heads, counts["dk"], len(self.blocks)), saved)
+
+    def d_gate(self, traces: Traces) -> Tensor:
+        """The gradient of scalar decays, [B, T, H, 1]."""
+        shares, flows = traces.shares, traces.flows
+        batch, heads, lines, tokens = shares["dq"].shape
+        d_gate = flows.new_empty(batch, tokens, heads, 1)
+
+        def make() -> Launch:
+            return Launch(
+                gate_kernel,
+                len(self.blocks) * heads * batch,
+                [tokens, len(self.blocks)],
+                HEADS=heads,
+                LINES=lines,
+                KEY_LINES=flows.shape[2],
+                PLUS="d_plus" in shares,
+                SIZE=self.block,
+            )
+
+        tensors = shares["dq"], shares.get("d_plus", flows), shares["dk"], flows, d_gate
+        self.calls.once("d_gate", make)(*tensors, self.blocks)
+        return d_gate
 
     def run(
         self,
@@ -149,6 +180,7 @@ class Passes:
         transposed: bool = False,
         strict: bool = False,
         split: bool = False,
+        exact: bool = False,
         other: Tensor | None = None,
         traces: Traces | None = None,
     ) -> Tensor:
@@ -185,6 +217,7 @@ class Passes:
                 gated=traces is not None,
                 strict=strict,
                 split=split,
+                exact=exact,
                 frames=self.frames,
             )
             if not self.hopper:

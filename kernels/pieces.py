@@ -71,6 +71,16 @@ class Pieces(Once):
         orders = [range(*bounds)[::-1] for bounds in self.ranges]
         return _runs(orders, self.left, self.entered)
 
+    def passed(self, A: Tensor) -> Tensor:
+        """A [B, left, ...] of the pieces that a state enters; of any others where none leaves."""
+        if not A.shape[1]:
+            return A.new_zeros(A.shape[0], len(self.entered), *A.shape[2:])
+        places = {piece: place for place, piece in enumerate(self.left)}
+        rows = [places.get(piece, 0) for piece in self.entered]
+        if rows == list(range(A.shape[1])):
+            return A
+        return A.index_select(1, self.table("passed", lambda: [rows], A.device)[0])
+
     def table(
         self, name: Hashable, rows: Callable[[], Iterable[Sequence[int]]], device: torch.device
     ) -> Tensor:

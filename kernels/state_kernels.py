@@ -126,6 +126,7 @@ def fold_kernel(
 @triton.jit(do_not_specialize=["tokens", "blocks"])
 def gate_kernel(
     q_shares,
+    plus_shares,
     k_shares,
     flows,
     d_gate,
@@ -134,12 +135,15 @@ def gate_kernel(
     blocks,
     HEADS: tl.constexpr,
     LINES: tl.constexpr,
+    KEY_LINES: tl.constexpr,
+    PLUS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
     """The gradient of scalar decays, d_gate [B, T, H], from what the passes of dq and dk left.
 
-    shares [B, H, LINES, T], the sum of whose lines is q dq and k dk; flows [B, H, LINES, blocks],
-    <S, λ> at the end of each block of SIZE tokens. `table`: `tables.cut_rows`.
+    q_shares [B, H, LINES, T], k_shares [B, H, KEY_LINES, T], the sums of whose lines are q dq and
+    k dk; flows [B, H, KEY_LINES, blocks], <S, λ> at the end of each block of SIZE tokens. PLUS: and
+    plus_shares, of k⁺ dk⁺, as those of q. `table`: `tables.cut_rows`.
     """
     pid = tl.program_id(0)
     block = pid % blocks
@@ -149,13 +153,18 @@ def gate_kernel(
     token = tl.arange(0, SIZE)
     mask = token < tl.load(table + 3 * block + 1)
     line = (batch * HEADS + head) * LINES
+    key_line = (batch * HEADS + head) * KEY_LINES
     share = tl.zeros([SIZE], tl.float32)
     flow = 0.0
     for i in tl.static_range(LINES):
         at = (line + i) * tokens + start + token
         share += tl.load(q_shares + at, mask=mask, other=0.0)
+        if PLUS:
+            share += tl.load(plus_shares + at, mask=mask, other=0.0)
+    for i in tl.static_range(KEY_LINES):
+        at = (key_line + i) * tokens + start + token
         share -= tl.load(k_shares + at, mask=mask, other=0.0)
-        flow += tl.load(flows + (line + i) * blocks + block)
+        flow += tl.load(flows + (key_line + i) * blocks + block)
     gradient = flow + tl.sum(share, 0) - tl.cumsum(share, 0) + share
     tl.store(d_gate + (batch * tokens + start + token) * HEADS + head, gradient, mask=mask)
 

@@ -69,15 +69,14 @@ class Walks:
     def summarize(self) -> tuple[Tensor, Tensor]:
         A, B, table = self._summaries(reverse=False)
         if len(table):
-            self._walk(B, B, B, B, A, B, table, summary="AB")
+            self._walk(B, B, B, A, B, table, summary="AB")
         return A, B
 
-    def summarize_backward(self, do: Tensor) -> tuple[Tensor, Tensor]:
-        A, B, table = self._summaries(reverse=True)
+    def summarize_backward(self, do: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        _, B, table = self._summaries(reverse=True)
         if len(table):
-            self._walk(B, B, B, B, A, B, table, summary="A")
             self._walk_back(do, do, do, B, B, B, table, summary=True)
-        return A.mT, B
+        return self.passes.pieces.passed(A).mT, B
 
     def _summaries(self, *, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Room for A and B, and `tables.summary_rows`."""
@@ -112,7 +111,6 @@ class Walks:
         u: Tensor,
         r: Tensor,
         entering: Tensor,
-        saved: Tensor,
         A: Tensor,
         B: Tensor,
         table: Tensor,
@@ -123,19 +121,18 @@ class Walks:
         """For U and R, or summaries ("AB" or "A"), of the pieces in `table`."""
 
         def make() -> Launch:
-            strides = self.minus.stride()[:3], self.v.stride()[:3], self.beta.stride()[:3]
-            counts = *self._counts(entering), saved.shape[1]
-            numbers = [*counts, *(stride for x in strides for stride in x)]
+            strides = (x.stride()[:3] for x in (self.minus, self.v, self.beta, self.passes.gate))
+            numbers = [*self._counts(entering), *(stride for x in strides for stride in x)]
             given = self._constants | {"SUMMARY": summary, "RESIDUAL": residual}
-            given |= {"KEYS": self.keys is not None, "SPAN": self.passes.block}
+            given |= {"KEYS": self.keys is not None}
             wanted = {"": (B,), "A": (A,), "AB": (A, B)}[summary]
             columns = (x.shape[4] for x in wanted)
             return Launch(walk_kernel, self._programs(table, *columns), numbers, **given)
 
         kind = "walk", summary, residual, entering.shape[1]
         walk = self.passes.calls.once(kind, make)
-        inputs = self.plus, self.minus, self._keys, self.v, self.beta, self.solved
-        walk(*inputs, u, r, entering, saved, A, B, *self._parts, table)
+        inputs = self.plus, self.minus, self._keys, self.v, self.beta, self.passes.gate
+        walk(*inputs, self.solved, u, r, entering, A, B, *self._parts, table)
 
     def _walk_back(
         self,
@@ -151,15 +148,16 @@ class Walks:
         residual: bool = False,
     ) -> None:
         def make() -> Launch:
-            strides = (x.stride()[:3] for x in (self.q, self.minus, do, self.beta))
-            numbers = [self.scale, *self._counts(leaving), *(s for x in strides for s in x)]
+            tensors = self.q, self.minus, do, self.beta, self.passes.gate
+            strides = (s for x in tensors for s in x.stride()[:3])
+            numbers = [self.scale, *self._counts(leaving), *strides]
             given = self._constants | {"SUMMARY": summary, "RESIDUAL": residual}
             programs = self._programs(table, self.v.shape[3])
             return Launch(walk_back_kernel, programs, numbers, **given)
 
         walk = self.passes.calls.once(("walk back", summary, residual, leaving.shape[1]), make)
-        inputs = self.q, self.plus, self.minus, do, r, self.beta, self.solved
-        walk(*inputs, dx, shares, leaving, B, *self._parts, table)
+        inputs = self.q, self.plus, self.minus, do, r, self.beta, self.passes.gate
+        walk(*inputs, self.solved, dx, shares, leaving, B, *self._parts, table)
 
     @property
     def _keys(self) -> Tensor:
@@ -182,9 +180,9 @@ class Walks:
         )
 
         def make() -> Launch:
-            strides = (s for x in (self.minus, self.beta) for s in x.stride()[:3])
+            strides = (s for x in (self.minus, self.beta, passes.gate) for s in x.stride()[:3])
             given = self._constants
-            kept = ("HEADS", "GROUP", "DK", "BK", "C", "FRAMED", "OPERAND", "PRECISION")
+            kept = ("HEADS", "GROUP", "DK", "BK", "C", "DECAY", "OPERAND", "PRECISION")
             return Launch(
                 solve_kernel,
                 len(table) * (chunk // PART) * heads * batch,
@@ -195,7 +193,7 @@ class Walks:
 
         levels = table if passes.frames is None else passes.frames.levels
         solve = passes.calls.once("solve", make)
-        solve(self.plus, self.minus, self.beta, solved, levels, table)
+        solve(self.plus, self.minus, self.beta, passes.gate, solved, levels, table)
         return solved
 
     @property
@@ -226,7 +224,7 @@ class Walks:
             "BK": config.rows,
             "BV": config.columns,
             "C": self.passes.chunk,
-            "FRAMED": self.passes.frames is not None,
+            "DECAY": "frames" if self.passes.decay == "diagonal" else self.passes.decay,
             "OPERAND": operand,
             "PRECISION": precision,
             "STAGES": config.stages,

@@ -60,20 +60,20 @@ class _Recurrence(torch.autograd.Function):
         states = _states(k, v, len(pieces.entered))
         if sp.exchanges:
             sp.enter(name, q=q, v=v)
-        entering = _ready(states)
+        entering, A = _ready(states), None
         prepared = family.prepare(q, k, v, gates, scale, pieces)
         if pieces.left or sp.exchanges:
             A, B = prepared.summarize()
             entering = _scan(family, sp, pieces, A, B, states, backwards=False)
         o = prepared.run(entering)
-        ctx.save_for_backward(q, k, v, states, *gates)  # the states are filled by now
+        ctx.save_for_backward(q, k, v, states, A, *gates)  # the states are filled by now
         ctx.plan = name, family, sp, pieces, scale
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, entering, *gates = ctx.saved_tensors
+        q, k, v, entering, A, *gates = ctx.saved_tensors
         name, family, sp, pieces, scale = ctx.plan
         do = do.contiguous()
         if do.data_ptr() % 16:  # kernels load 16 bytes at once
@@ -84,7 +84,7 @@ class _Recurrence(torch.autograd.Function):
             sp.enter(f"backward of {name}", q=q, v=v)
         prepared = family.prepare(q, k, v, gates, scale, pieces)
         if pieces.entered or sp.exchanges:
-            A, dB = prepared.summarize_backward(do)
+            A, dB = prepared.summarize_backward(do, A)
             leaving = _scan(family, sp, pieces, A, dB, adjoints, backwards=True)
         wanted = ctx.needs_input_grad[-len(gates) :] if gates else ()
         return None, None, None, None, *prepared.run_backward(entering, do, leaving, wanted)

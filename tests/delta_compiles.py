@@ -22,7 +22,7 @@ from seqpar.kernels.tuned import Config, dplr_config, frame_warps, walk_config
 Trial = tuple[str, Any, int, dict[str, object]]  # name, kernel, warps, constants
 
 COUNTS = {"batches", "tokens", "pieces", "chunks", "slots", "saves", "blocks"}
-FP32 = {"entering", "leaving", "A", "B", "halves", "shares", "saved", "flows", "d_plus", "gate"}
+FP32 = {"entering", "leaving", "A", "B", "halves", "shares", "saved", "flows", "gate"}
 FP32 |= {"dq", "dk", "d_minus", "d_gate", "plus_gradient", "minus_gradient"}
 INT32 = {"levels", "steps", "counts", "table"}
 
@@ -31,8 +31,9 @@ def compile_for(kernel: Any, dtype: str, warps: int, **given: Any) -> Any:
     """For Hopper, as the launches of walks.py, delta_triton.py and dplr_triton.py would."""
     names = kernel.arg_names
     constants = {name: value for name, value in given.items() if name in names}
-    wide = kernel is delta_back_kernels.keys_kernel and given["FRAMED"]
+    wide = kernel is delta_back_kernels.keys_kernel and given["DECAY"] == "frames"
     wide |= kernel is dplr_kernels.pairs_kernel and given["TWO"]
+    wide |= kernel is frame_kernels.leave_kernel
     signature, divisible = {}, {}
     for i, name in enumerate(names):
         if name in constants:
@@ -45,7 +46,7 @@ def compile_for(kernel: Any, dtype: str, warps: int, **given: Any) -> Any:
                 divisible[(i,)] = [["tt.divisibility", 16]]
         else:
             kind = "i32" if name in INT32 else "fp32" if name in FP32 else dtype
-            kind = "fp32" if wide and name in ("out", "out1", "out2") else kind
+            kind = "fp32" if wide and name in ("d_plus", "out", "out1", "out2") else kind
             signature[name] = f"*{kind}"
             divisible[(i,)] = [["tt.divisibility", 16]]
     places = {(names.index(name),): value for name, value in constants.items()}
@@ -68,7 +69,7 @@ def dplr_trials(K: int, config: Config, split: bool) -> list[Trial]:
         more = {"DY": K, "DZ": K, "BY": config.rows, "BZ": config.columns, "C": 32}
         more |= {"REVERSE": name in ("dv", "dk"), "TWO": name in ("dq", "dk")}
         trials.append((f"dplr_{name}", kernel, config.warps, more))
-    frame: dict[str, object] = {"DIM": K, "C": 32, "EQUAL": False, "BEFORE": True, "SPLIT": split}
+    frame: dict[str, object] = {"DIM": K, "C": 32, "BEFORE": True, "SPLIT": split}
     more = frame | {"GROUP": 1, "D": config.rows, "HALVINGS": 2, "PLUS": False}
     warps = 2 * frame_warps(config.rows, 32)
     trials.append(("dplr_enter", frame_kernels.enter_kernel, warps, more))
@@ -83,10 +84,11 @@ def main() -> None:
         "bf16": (torch.bfloat16, tl.bfloat16, "ieee"),
         "fp32": (torch.float32, tl.float32, "bf16x6"),
     }
-    every = list(product(kinds, (64, 128, 256), (False, True)))
-    for kind, K, framed in every if folder else [("bf16", 128, True), ("fp32", 64, False)]:
+    every = list(product(kinds, (64, 128, 256), ("none", "scalar", "frames")))
+    few = [("bf16", 128, "scalar"), ("bf16", 128, "frames"), ("fp32", 64, "none")]
+    for kind, K, decay in every if folder else few:
         dtype, operand, precision = kinds[kind]
-        config = walk_config(K, K, dtype, framed, 1000, torch.device("cpu"))
+        config = walk_config(K, K, dtype, decay == "frames", 1000, torch.device("cpu"))
         common: dict[str, object] = {
             "HEADS": 4,
             "GROUP": 2,
@@ -94,7 +96,13 @@ def main() -> None:
             "DV": K,
             "C": 64 if kind == "bf16" else 32,
         }
-        common |= {"FRAMED": framed, "OPERAND": operand, "PRECISION": precision, "SPAN": 512}
+        common |= {
+            "DECAY": decay,
+            "OWN": False,
+            "OPERAND": operand,
+            "PRECISION": precision,
+            "SPAN": 512,
+        }
         common |= {"STAGES": config.stages}
         walk: dict[str, object] = {"BK": config.rows, "BV": config.columns}
         keys: dict[str, object] = {"BK": config.columns, "BV": config.rows}
@@ -107,13 +115,13 @@ def main() -> None:
             more = walk | {"SUMMARY": bool(summary), "RESIDUAL": not summary}
             back = delta_back_kernels.walk_back_kernel
             trials += [(f"walk_back{summary}", back, config.warps, more)]
-        if framed:
+        if decay == "frames":
             config = dplr_config(K, K, dtype, 1000, torch.device("cpu"))
             trials += dplr_trials(K, config, kind == "bf16")
         for name, kernel, warps, more in trials:
             compiled = compile_for(kernel, kind, warps, **(common | more))
             shared = compiled.metadata.shared
-            label = f"{name}_{kind}_{K}_{'framed' if framed else 'plain'}"
+            label = f"{name}_{kind}_{K}_{decay}"
             print(f"{label}: {shared} bytes of shared memory", flush=True)
             assert shared <= 232448, "more than a Hopper program may have"
             if folder:

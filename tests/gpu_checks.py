@@ -24,6 +24,11 @@ SIZES = [
 ]
 
 
+def draws(tokens: int) -> int:
+    """How many sequences are drawn: errors of few numbers are a matter of chance."""
+    return max(1, min(16, 1024 // tokens))
+
+
 def differentiate(
     function: Callable[..., Tensor], given: Inputs, dtype: torch.dtype, do: Tensor
 ) -> Inputs:

@@ -23,9 +23,10 @@ def compile_for(
     dim: int, decay: str, reverse: bool, gate: bool, strict: bool = False, split: bool = False
 ) -> None:
     constants: dict[str, object] = {"GATE": gate, "STRICT": strict, "SPLIT": split}
+    constants["EXACT"] = strict
     constants |= {"SPAN": 512, "STAGES": 3}
     constants |= {f"{x}_GROUP": 2 for x in "XYZW"}
-    wide = {"out", "out_pointer"} if decay == "value" or strict else set()  # whose output is fp32
+    wide = {"out", "out_pointer"} if decay == "value" else set()  # whose output is fp32
     build(run_hopper_kernel, dim, decay, reverse, constants, wide)
 
 
@@ -70,5 +71,9 @@ if __name__ == "__main__":
         compile_for(128, "value" if gate else "key", reverse, gate)
     # passes of the delta rule
     compile_for(128, "none", False, False, strict=True)
+    for dim in (64, 128):
+        compile_for(dim, "scalar", False, True, split=True)
+        compile_for(dim, "scalar", False, True, strict=True, split=True)
     compile_for(128, "value", False, False, strict=True, split=True)
     compile_for(128, "value", False, False, split=True)
+    compile_for(128, "scalar", False, True, strict=True, split=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_checks import SIZES, Inputs, differentiate, error, hold
+from gpu_checks import SIZES, Inputs, differentiate, draws, error, hold
 from torch import Tensor
 
 import seqpar
@@ -40,7 +40,7 @@ def inputs(decay: str, size: tuple[int, ...], nats: float) -> Inputs:
     make = torch.Generator(DEVICE).manual_seed(tokens * 1000 + K + V)
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(1, tokens, *shape, device=DEVICE, generator=make).double()
+        return torch.randn(draws(tokens), tokens, *shape, device=DEVICE, generator=make).double()
 
     def few_bits(x: Tensor, unit: int) -> Tensor:
         return (x * unit).round().clamp(-127, 127) / unit
@@ -49,11 +49,11 @@ def inputs(decay: str, size: tuple[int, ...], nats: float) -> Inputs:
     again = torch.arange(1, tokens, 3, device=DEVICE)
     k[:, again] = k[:, again - 1]
     values = heads * groups
-    beta = torch.rand(1, tokens, values, device=DEVICE, generator=make).double()
+    beta = torch.rand(draws(tokens), tokens, values, device=DEVICE, generator=make).double()
     found = {"q": few_bits(randn(heads, K), 16), "k": k, "v": few_bits(randn(values, V), 16)}
     found["beta"] = few_bits(beta * 1.8, 8)
     if WIDTHS[decay] is not None:
-        shape = (1, tokens, values, *([K] if decay == "diagonal" else []))
+        shape = (draws(tokens), tokens, values, *([K] if decay == "diagonal" else []))
         spread = torch.rand(shape, device=DEVICE, generator=make)
         span = torch.tensor(nats * 1e4).log10().item()
         found["log_decay"] = -(10 ** (spread * span - 4)).float().double()
@@ -147,7 +147,8 @@ def test_a_chain_of_pieces_equals_the_uncut_run(decay: str, dtype: torch.dtype) 
         prepared = family.prepare(q.to(dtype), k.to(dtype), v.to(dtype), gates, 0.1, pieces)
         start, end = (x.to(torch.promote_types(dtype, torch.float32)) for x in ends)
         states, adjoints = (x.repeat(1, count, 1, 1, 1) for x in (start, end))
-        maps = prepared.summarize(), prepared.summarize_backward(do.to(dtype))
+        forth = prepared.summarize()
+        maps = forth, prepared.summarize_backward(do.to(dtype), forth[0])
         S = family.scan(*maps[0], pieces, start, states, backwards=False)
         dS = family.scan(*maps[1], pieces, end, adjoints, backwards=True)
         o = prepared.run(lambda: states)

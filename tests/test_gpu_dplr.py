@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_checks import Inputs, differentiate, error, hold
+from gpu_checks import Inputs, differentiate, draws, error, hold
 from torch import Tensor
 
 import seqpar
@@ -46,7 +46,7 @@ def inputs(size: tuple[int, ...], nats: float) -> Inputs:
     values = heads * groups
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(1, tokens, *shape, device=DEVICE, generator=make).double()
+        return torch.randn(draws(tokens), tokens, *shape, device=DEVICE, generator=make).double()
 
     def few_bits(x: Tensor, unit: int) -> Tensor:
         return (x * unit).round().clamp(-127, 127) / unit
@@ -55,7 +55,8 @@ def inputs(size: tuple[int, ...], nats: float) -> Inputs:
     again = torch.arange(1, tokens, 3, device=DEVICE)
     kappa[:, again] = kappa[:, again - 1]
     eta, spread = (
-        torch.rand(1, tokens, values, K, device=DEVICE, generator=make).double() for _ in "ab"
+        torch.rand(draws(tokens), tokens, values, K, device=DEVICE, generator=make).double()
+        for _ in "ab"
     )
     span = torch.tensor(nats * 1e4).log10().item()
     return {
@@ -156,7 +157,8 @@ def test_a_chain_of_pieces_equals_the_uncut_run(dtype: torch.dtype) -> None:
         prepared = family.prepare(q, k, v, gates, 0.1, pieces)
         start, end = (x.to(precise) for x in ends)
         states, adjoints = (x.repeat(1, count, 1, 1, 1) for x in (start, end))
-        maps = prepared.summarize(), prepared.summarize_backward(do.to(dtype))
+        forth = prepared.summarize()
+        maps = forth, prepared.summarize_backward(do.to(dtype), forth[0])
         S = family.scan(*maps[0], pieces, start, states, backwards=False)
         dS = family.scan(*maps[1], pieces, end, adjoints, backwards=True)
         o = prepared.run(lambda: states)

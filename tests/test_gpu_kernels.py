@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_checks import SIZES, Inputs, differentiate, error, hold
+from gpu_checks import SIZES, Inputs, differentiate, draws, error, hold
 from torch import Tensor
 
 import seqpar
@@ -32,12 +32,12 @@ def inputs(decay: str, size: tuple[int, ...], nats: float) -> Inputs:
     make = torch.Generator(DEVICE).manual_seed(tokens * 1000 + K + V)
 
     def randn(*shape: int) -> Tensor:
-        x = torch.randn(1, tokens, *shape, device=DEVICE, generator=make)
+        x = torch.randn(draws(tokens), tokens, *shape, device=DEVICE, generator=make)
         return (x * 8).round().clamp(-31, 31).double() / 8  # few bits: exact in every dtype
 
     found = {"q": randn(heads, K), "k": randn(heads, K) / 16, "v": randn(heads * groups, V)}
     if WIDTHS[decay] is not None:
-        shape = (1, tokens, heads * groups, *([K] if decay == "diagonal" else []))
+        shape = (draws(tokens), tokens, heads * groups, *([K] if decay == "diagonal" else []))
         spread = torch.rand(shape, device=DEVICE, generator=make)
         span = torch.tensor(nats * 1e4).log10().item()
         found["log_decay"] = -(10 ** (spread * span - 4)).float().double()

@@ -1,0 +1,78 @@
+"""What the Hopper kernels are made of, in Gluon."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name until Triton 3.6
+
+
+@gluon.jit
+def add(a, b):
+    return a + b
+
+
+@gluon.jit
+def exp2(x):
+    """2^x, zero where that is subnormal: no instructions to save those."""
+    return gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def rounded(x):
+    """x in bf16, two numbers an instruction: one by one it takes an eighth of the speed."""
+    return gl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.bfloat16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def low(x, high):
+    """What rounding x to `high` left, rounded alike."""
+    return rounded(x - high.to(gl.float32))
+
+
+@gluon.jit
+def entry_of(steps, step, count, C: gl.constexpr, FRAMED: gl.constexpr, REVERSE: gl.constexpr):
+    """The chunk of a step, or its frame: (first token / 8) * 4 + level; any beyond the last."""
+    turn = step
+    if REVERSE:
+        turn = count - 1 - step
+    if FRAMED:
+        return gl.load(steps + turn, mask=step < count, other=0)
+    return turn * (C // 2)
+
+
+@gluon.jit
+def column(x, first, stop, stride, C: gl.constexpr, layout: gl.constexpr):
+    """One number a token [C], in fp32; zeros from `stop` on, and before the piece."""
+    row = first + gl.arange(0, C, layout)
+    inside = (row >= 0) & (row < stop)
+    return gl.load(x + row.to(gl.int64) * stride, mask=inside, other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def write_decays(lines, at, decays, log_scale, REVERSE: gl.constexpr):
+    """What a chunk's decays multiply with, three lines [C]; returns the decay over the whole chunk.
+
+    The running sum in the direction of the run (log2), the decay of what enters the chunk, and of
+    each token up to the chunk's end; the second with the scale in it.
+    """
+    decays = decays * 1.4426950408889634
+    total = gl.associative_scan(decays, 0, add)
+    whole = gl.sum(decays, 0)
+    if REVERSE:
+        total = whole - total
+    lines.index(at).store(total)
+    lines.index(at + 1).store(exp2(total + log_scale))
+    lines.index(at + 2).store(exp2(whole - total))
+    return exp2(whole)
+
+
+@gluon.jit
+def clear(tile, length, layout: gl.constexpr):
+    """Zero the rows of a tile from `length` on: they belong to another document."""
+    row = gl.arange(0, tile.shape[0], gl.SliceLayout(1, layout))
+    value = tile.load(layout)
+    tile.store(gl.where((row < length)[:, None], value, gl.zeros_like(value)))

@@ -1,0 +1,442 @@
+"""The delta rule's walk (delta_kernels.py) for Hopper, in Gluon.
+
+A step is a chunk of at most 64 tokens. With W = (1 - T B) K⁺, which like T is found beforehand, it
+is a chain of two products,
+
+    R = (1 - T B) V - W S        S' = S + K⁻ᵀ B R
+
+The state is held transposed, [columns, K], as accumulator; it and U = B R become operands without
+leaving the registers. Each warpgroup has 64 columns and goes its own way, so that the tensor cores
+work for one while the other rounds. One more warp has the tiles brought by the copy engine, STAGES
+steps ahead, and works out the decays.
+
+U is rounded once: what is written is what goes into the state, lest the passes that form the states
+again from it should drift away. With scalar decay, which is multiplied with it, and in summaries it
+goes in in two parts.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+)
+
+from seqpar.kernels.hopper_columns import walk_columns
+from seqpar.kernels.hopper_parts import barrier, column, entry_of, exp2, write_decays
+
+
+@gluon.jit
+def _bring(
+    w,
+    minus,
+    v,
+    solved,
+    w_tiles,
+    minus_tiles,
+    v_tiles,
+    solved_tiles,
+    lines,
+    half_lines,
+    ready,
+    free,
+    beta,
+    gate,
+    halves,
+    steps,
+    bt,
+    gt,
+    row,
+    solved_row,
+    wc,
+    kc,
+    vc,
+    length,
+    count,
+    valued,
+    HEADS: gl.constexpr,
+    DK: gl.constexpr,
+    C: gl.constexpr,
+    DECAY: gl.constexpr,
+    PARTS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Fill the ring, step by step: tiles, and lines of β and of `write_decays`."""
+    FRAMED: gl.constexpr = DECAY == "frames"
+    LINE: gl.constexpr = gl.BlockedLayout([C // 32], [32], [4], [0])
+    CHANNELS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    BYTES: gl.constexpr = 2 * w.block_type.nbytes + solved.block_type.nbytes
+    V_BYTES: gl.constexpr = PARTS * v.block_type.nbytes
+    if FRAMED:
+        halves += gl.arange(0, DK, CHANNELS)
+    coming = entry_of(steps, 0, count, C, FRAMED, False)
+    for step in range(count):
+        slot = step % STAGES
+        entry = coming
+        coming = entry_of(steps, step + 1, count, C, FRAMED, False)
+        here = entry // 4 * 8
+        stop = gl.minimum(here + (C >> entry % 4), length)
+        rate = column(beta, here, stop, bt, C, LINE)
+        if DECAY == "scalar":
+            decays = column(gate, here, stop, gt, C, LINE)
+        if FRAMED:
+            half = gl.load(halves + (entry // 4).to(gl.int64) * (HEADS * DK))
+        mbarrier.wait(free.index(slot), (step // STAGES & 1) ^ 1)
+        lines.index(4 * slot).store(rate)
+        if DECAY == "scalar":
+            whole = write_decays(lines, 4 * slot + 1, decays, 0.0, False)
+            half_lines.index(slot).store(gl.zeros([DK], gl.float32, CHANNELS) + whole)
+        if FRAMED:
+            half_lines.index(slot).store(exp2(half))
+        barrier()
+        bar = ready.index(slot)
+        if valued:
+            mbarrier.expect(bar, BYTES + V_BYTES)
+            for i in gl.static_range(PARTS):
+                tma.async_copy_global_to_shared(
+                    v, [row + here, vc + 64 * i], bar, v_tiles.index(PARTS * slot + i)
+                )
+        else:
+            mbarrier.expect(bar, BYTES)
+        tma.async_copy_global_to_shared(w, [row + here, wc], bar, w_tiles.index(slot))
+        tma.async_copy_global_to_shared(minus, [row + here, kc], bar, minus_tiles.index(slot))
+        tma.async_copy_global_to_shared(
+            solved, [solved_row + here, 0], bar, solved_tiles.index(slot)
+        )
+
+
+NUMBERS = ["batches", "tokens", "pieces", "chunks", "slots", "kh", "vh", "bb", "bt", "bh"]
+NUMBERS += ["gb", "gt", "gh"]
+POINTERS = ["u_pointer", "r_pointer", "beta", "gate", "entering", "A", "B"]
+POINTERS += ["halves", "steps", "counts", "table"]
+
+
+@gluon.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=POINTERS)
+def walk_hopper_kernel(
+    w,
+    minus,
+    v,
+    solved,
+    u,
+    r,
+    u_pointer,
+    r_pointer,
+    beta,
+    gate,
+    entering,
+    A,
+    B,
+    halves,
+    steps,
+    counts,
+    table,
+    batches,
+    tokens,
+    pieces,
+    chunks,
+    slots,
+    kh,
+    vh,
+    bb,
+    bt,
+    bh,
+    gb,
+    gt,
+    gh,
+    HEADS: gl.constexpr,
+    GROUP: gl.constexpr,
+    DK: gl.constexpr,
+    DV: gl.constexpr,
+    PARTS: gl.constexpr,
+    C: gl.constexpr,
+    DECAY: gl.constexpr,
+    SUMMARY: gl.constexpr,
+    RESIDUAL: gl.constexpr,
+    STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):
+    """U, and with RESIDUAL R, of one piece; or SUMMARY, A and B: see `walk_kernel`.
+
+    w [B*T, H*DK] and minus [B*T, columns] in tiles [C, DK]; v, u, r likewise in tiles [C, 64];
+    solved [B*H*T, C]. A program has 64 PARTS columns of the state.
+    """
+    OF_A: gl.constexpr = DK // (64 * PARTS) if SUMMARY else 0
+    OF_B: gl.constexpr = DV // (64 * PARTS)
+    BLOCKS: gl.constexpr = OF_A + OF_B
+    FRAMED: gl.constexpr = DECAY == "frames"
+    pid = gl.program_id(0)
+    block = pid % BLOCKS
+    head = pid // BLOCKS % HEADS
+    batch = pid // (BLOCKS * HEADS) % batches
+    place = pid // (BLOCKS * HEADS) // batches
+    of_head = batch.to(gl.int64) * HEADS + head
+    valued = block < OF_B
+    first_column = block * (64 * PARTS)
+    width = DV
+    enters = valued
+    summary = B
+    if SUMMARY:
+        line = table + 4 * place
+        first_chunk = gl.load(line + 2).to(gl.int64)
+        piece = gl.load(line + 3)
+        summaries = gl.num_programs(0) // (BLOCKS * HEADS) // batches
+        index = (batch.to(gl.int64) * summaries + place) * HEADS + head
+        if valued:
+            summary = B + index * (DK * DV)
+        else:
+            summary = A + index * (DK * DK)
+            first_column -= OF_B * (64 * PARTS)
+            width = DK
+    else:
+        line = table + 8 * place
+        first_chunk = gl.load(line + 7).to(gl.int64)
+        piece = place
+        slot = gl.load(line + 2)
+        enters = slot >= 0
+        entering += ((batch.to(gl.int64) * slots + slot) * HEADS + head) * (DK * DV)
+    start = gl.load(line)
+    length = gl.load(line + 1)
+    count = (length + C - 1) // C
+    if FRAMED:
+        count = gl.load(counts + of_head * pieces + piece)
+        steps += (of_head * chunks + first_chunk) * (C // 8)
+        halves += ((batch.to(gl.int64) * chunks + first_chunk) * (C // 8) * HEADS + head) * DK
+    row = batch * tokens + start
+    solved_row = (batch * HEADS + head) * tokens + start
+    beta += batch.to(gl.int64) * bb + head * bh + start.to(gl.int64) * bt
+    gate += batch.to(gl.int64) * gb + head * gh + start.to(gl.int64) * gt
+    wc, kc, uc = head * DK, head // GROUP * kh, head * DV
+    vc = head * vh + first_column
+
+    dtype: gl.constexpr = w.dtype
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    w_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, DK], w.layout)
+    minus_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, DK], minus.layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [PARTS * STAGES, C, 64], v.layout)
+    solved_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, C], solved.layout)
+    u_tiles = v_tiles
+    r_tiles = v_tiles
+    if not SUMMARY:
+        u_tiles = gl.allocate_shared_memory(dtype, [2 * PARTS, C, 64], u.layout)
+        if RESIDUAL:
+            r_tiles = gl.allocate_shared_memory(dtype, [2 * PARTS, C, 64], r.layout)
+    lines = gl.allocate_shared_memory(gl.float32, [4 * STAGES, C], FLAT)
+    half_lines = lines
+    if DECAY != "none":
+        half_lines = gl.allocate_shared_memory(gl.float32, [STAGES, DK], FLAT)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(free.index(i), count=PARTS)
+    fence_async_shared()
+    barrier()
+    if PARTS == 2:
+        gl.warp_specialize(
+            [
+                (
+                    _bring,
+                    (
+                        w,
+                        minus,
+                        v,
+                        solved,
+                        w_tiles,
+                        minus_tiles,
+                        v_tiles,
+                        solved_tiles,
+                        lines,
+                        half_lines,
+                        ready,
+                        free,
+                        beta,
+                        gate,
+                        halves,
+                        steps,
+                        bt,
+                        gt,
+                        row,
+                        solved_row,
+                        wc,
+                        kc,
+                        vc,
+                        length,
+                        count,
+                        valued,
+                        HEADS,
+                        DK,
+                        C,
+                        DECAY,
+                        PARTS,
+                        STAGES,
+                    ),
+                ),
+                (
+                    walk_columns,
+                    (
+                        u,
+                        r,
+                        u_pointer,
+                        r_pointer,
+                        entering,
+                        enters,
+                        summary,
+                        w_tiles,
+                        minus_tiles,
+                        v_tiles,
+                        solved_tiles,
+                        u_tiles,
+                        r_tiles,
+                        lines,
+                        half_lines,
+                        ready,
+                        free,
+                        steps,
+                        row,
+                        uc,
+                        first_column,
+                        length,
+                        count,
+                        valued,
+                        width,
+                        0,
+                        PARTS,
+                        HEADS,
+                        DK,
+                        DV,
+                        C,
+                        DECAY,
+                        SUMMARY,
+                        RESIDUAL,
+                        STAGES,
+                    ),
+                ),
+                (
+                    walk_columns,
+                    (
+                        u,
+                        r,
+                        u_pointer,
+                        r_pointer,
+                        entering,
+                        enters,
+                        summary,
+                        w_tiles,
+                        minus_tiles,
+                        v_tiles,
+                        solved_tiles,
+                        u_tiles,
+                        r_tiles,
+                        lines,
+                        half_lines,
+                        ready,
+                        free,
+                        steps,
+                        row,
+                        uc,
+                        first_column,
+                        length,
+                        count,
+                        valued,
+                        width,
+                        1,
+                        PARTS,
+                        HEADS,
+                        DK,
+                        DV,
+                        C,
+                        DECAY,
+                        SUMMARY,
+                        RESIDUAL,
+                        STAGES,
+                    ),
+                ),
+            ],
+            [4, 4],
+            [REGISTERS, REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _bring,
+                    (
+                        w,
+                        minus,
+                        v,
+                        solved,
+                        w_tiles,
+                        minus_tiles,
+                        v_tiles,
+                        solved_tiles,
+                        lines,
+                        half_lines,
+                        ready,
+                        free,
+                        beta,
+                        gate,
+                        halves,
+                        steps,
+                        bt,
+                        gt,
+                        row,
+                        solved_row,
+                        wc,
+                        kc,
+                        vc,
+                        length,
+                        count,
+                        valued,
+                        HEADS,
+                        DK,
+                        C,
+                        DECAY,
+                        PARTS,
+                        STAGES,
+                    ),
+                ),
+                (
+                    walk_columns,
+                    (
+                        u,
+                        r,
+                        u_pointer,
+                        r_pointer,
+                        entering,
+                        enters,
+                        summary,
+                        w_tiles,
+                        minus_tiles,
+                        v_tiles,
+                        solved_tiles,
+                        u_tiles,
+                        r_tiles,
+                        lines,
+                        half_lines,
+                        ready,
+                        free,
+                        steps,
+                        row,
+                        uc,
+                        first_column,
+                        length,
+                        count,
+                        valued,
+                        width,
+                        0,
+                        PARTS,
+                        HEADS,
+                        DK,
+                        DV,
+                        C,
+                        DECAY,
+                        SUMMARY,
+                        RESIDUAL,
+                        STAGES,
+                    ),
+                ),
+            ],
+            [4],
+            [REGISTERS],
+        )

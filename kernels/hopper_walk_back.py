@@ -1,0 +1,362 @@
+"""The delta rule's walk back (delta_back_kernels.py) for Hopper, in Gluon.
+
+A step is a chunk of at most 64 tokens, with T of 64. The state is held transposed, [V, K]; each
+warpgroup has 64 of its rows. What is rounded once and what in two parts: see hopper_walk.py.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from seqpar.kernels.hopper_parts import (
+    barrier,
+    clear,
+    column,
+    entry_of,
+    exp2,
+    low,
+    rounded,
+    write_decays,
+)
+
+NUMBERS = ["scale", "batches", "tokens", "pieces", "chunks", "slots", "qh", "kh", "oh"]
+NUMBERS += ["bb", "bt", "bh", "gb", "gt", "gh"]
+POINTERS = ["dx_pointer", "shares", "beta", "gate", "leaving", "B"]
+POINTERS += ["halves", "steps", "counts", "table"]
+
+
+@gluon.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=POINTERS)
+def walk_back_hopper_kernel(
+    q,
+    plus,
+    minus,
+    do,
+    r,
+    solved,
+    dx,
+    dx_pointer,
+    shares,
+    beta,
+    gate,
+    leaving,
+    B,
+    halves,
+    steps,
+    counts,
+    table,
+    scale,
+    batches,
+    tokens,
+    pieces,
+    chunks,
+    slots,
+    qh,
+    kh,
+    oh,
+    bb,
+    bt,
+    bh,
+    gb,
+    gt,
+    gh,
+    HEADS: gl.constexpr,
+    GROUP: gl.constexpr,
+    DK: gl.constexpr,
+    DV: gl.constexpr,
+    C: gl.constexpr,
+    DECAY: gl.constexpr,
+    SUMMARY: gl.constexpr,
+    STAGES: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """dX of one piece, and dβ, a share for each warp [B, H, DV / 16, T]; or SUMMARY: see
+    `walk_back_kernel`.
+
+    q, plus, minus in tiles [C, DK]; do, r, dx in tiles [C, DV]; solved [B*H*T, C].
+    """
+    dtype: gl.constexpr = plus.dtype
+    FRAMED: gl.constexpr = DECAY == "frames"
+    SCALAR: gl.constexpr = DECAY == "scalar"
+    SIZE: gl.constexpr = DK * DV
+    pid = gl.program_id(0)
+    head = pid % HEADS
+    batch = pid // HEADS % batches
+    place = pid // HEADS // batches
+    of_head = batch.to(gl.int64) * HEADS + head
+    if SUMMARY:
+        row = table + 4 * place
+        first_chunk = gl.load(row + 2).to(gl.int64)
+        piece = gl.load(row + 3)
+    else:
+        row = table + 8 * place
+        first_chunk = gl.load(row + 7).to(gl.int64)
+        piece = place
+    start = gl.load(row)
+    length = gl.load(row + 1)
+    count = (length + C - 1) // C
+    if FRAMED:
+        count = gl.load(counts + of_head * pieces + piece)
+        steps += (of_head * chunks + first_chunk) * (C // 8)
+        halves += ((batch.to(gl.int64) * chunks + first_chunk) * (C // 8) * HEADS + head) * DK
+
+    # [DV, DK], [DV, C], [C, C]
+    STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, DK, 16])
+    MIXED: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, C, 16])
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [4, num_warps // 4], [16, C // (num_warps // 4), 16]
+    )
+    READING: gl.constexpr = gl.DotOperandLayout(0, MIXED, 2)
+    WRITING: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
+    LINE: gl.constexpr = gl.BlockedLayout([C // 32], [32], [num_warps], [0])
+    CHANNELS: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
+    WARPS: gl.constexpr = gl.BlockedLayout([1, C // 32], [1, 32], [num_warps, 1], [1, 0])
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+
+    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, DK], q.layout)
+    plus_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, DK], plus.layout)
+    minus_tiles = plus_tiles
+    if FRAMED:
+        minus_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, DK], minus.layout)
+    do_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, DV], do.layout)
+    solved_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, C], solved.layout)
+    r_tiles = do_tiles
+    dx_tiles = do_tiles
+    if not SUMMARY:
+        r_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, DV], r.layout)
+        dx_tiles = gl.allocate_shared_memory(dtype, [1, C, DV], dx.layout)
+    score_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], dtype)
+    score_tile = gl.allocate_shared_memory(dtype, [C, C], score_layout)
+    lines = gl.allocate_shared_memory(gl.float32, [8, C], FLAT)
+    half_lines = lines
+    if FRAMED:
+        half_lines = gl.allocate_shared_memory(gl.float32, [2, DK], FLAT)
+        halves += gl.arange(0, DK, CHANNELS)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+    fence_async_shared()
+    barrier()
+
+    col = gl.arange(0, DV, gl.SliceLayout(1, STATE))
+    channel = gl.arange(0, DK, gl.SliceLayout(0, STATE))
+    state = gl.zeros([DV, DK], gl.float32, STATE)
+    if not SUMMARY:
+        slot = gl.load(row + 3)
+        if slot >= 0:
+            base = leaving + ((batch.to(gl.int64) * slots + slot) * HEADS + head) * SIZE
+            state = gl.load(base + col[:, None] + channel[None, :] * DV)
+
+    origin = batch * tokens + start
+    solved_origin = (batch * HEADS + head) * tokens + start
+    qc = head // GROUP * qh
+    kc = head // GROUP * kh
+    oc = head * oh
+    xc = head * DV
+    beta += batch.to(gl.int64) * bb + head * bh + start.to(gl.int64) * bt
+    gate += batch.to(gl.int64) * gb + head * gh + start.to(gl.int64) * gt
+    warp = gl.arange(0, num_warps, gl.SliceLayout(1, WARPS))
+    shares += of_head * num_warps * tokens + start
+    K_BYTES: gl.constexpr = plus.block_type.nbytes * (3 if FRAMED else 2)
+    V_BYTES: gl.constexpr = do.block_type.nbytes * (1 if SUMMARY else 2)
+    BYTES: gl.constexpr = K_BYTES + V_BYTES + solved.block_type.nbytes
+
+    for i in gl.static_range(STAGES):
+        if i < count:
+            at = entry_of(steps, i, count, C, FRAMED, True) // 4 * 8
+            mbarrier.expect(ready.index(i), BYTES)
+            tma.async_copy_global_to_shared(q, [origin + at, qc], ready.index(i), q_tiles.index(i))
+            tma.async_copy_global_to_shared(
+                plus, [origin + at, kc], ready.index(i), plus_tiles.index(i)
+            )
+            if FRAMED:
+                tma.async_copy_global_to_shared(
+                    minus, [origin + at, kc], ready.index(i), minus_tiles.index(i)
+                )
+            tma.async_copy_global_to_shared(
+                do, [origin + at, oc], ready.index(i), do_tiles.index(i)
+            )
+            tma.async_copy_global_to_shared(
+                solved, [solved_origin + at, 0], ready.index(i), solved_tiles.index(i)
+            )
+            if not SUMMARY:
+                tma.async_copy_global_to_shared(
+                    r, [origin + at, xc], ready.index(i), r_tiles.index(i)
+                )
+
+    gl.static_assert(STAGES == 2)
+    entry = entry_of(steps, 0, count, C, FRAMED, True)
+    coming = entry_of(steps, 1, count, C, FRAMED, True)
+    here = entry // 4 * 8
+    size = gl.minimum(C >> entry % 4, length - here)
+    lines.index(0).store(column(beta, here, here + size, bt, C, LINE))
+    whole = 1.0
+    if SCALAR:
+        whole = write_decays(lines, 1, column(gate, here, here + size, gt, C, LINE), 0.0, False)
+    if FRAMED:
+        half_lines.index(0).store(exp2(gl.load(halves + (entry // 4).to(gl.int64) * (HEADS * DK))))
+    barrier()
+
+    i_index = gl.arange(0, C, gl.SliceLayout(1, SCORES))
+    j_index = gl.arange(0, C, gl.SliceLayout(0, SCORES))
+    allowed = j_index[None, :] <= i_index[:, None]
+    no_scores = gl.zeros([C, C], gl.float32, SCORES)
+    nothing = gl.zeros([DV, C], gl.float32, MIXED)
+    no_state = gl.zeros([DV, DK], gl.float32, STATE)
+    log_scale = gl.log2(scale)
+    for step in range(count):
+        ring = step % STAGES
+        even = step % 2
+        here = entry // 4 * 8
+        size = gl.minimum(C >> entry % 4, length - here)
+        q_tile = q_tiles.index(ring)
+        plus_tile = plus_tiles.index(ring)
+        minus_tile = minus_tiles.index(ring)
+        do_tile = do_tiles.index(ring)
+        # asked for now, wanted at the end
+        wanted = entry_of(steps, step + STAGES, count, C, FRAMED, True)
+        following = coming // 4 * 8
+        following_stop = gl.minimum(following + (C >> coming % 4), length)
+        coming_rate = column(beta, following, following_stop, bt, C, LINE)
+        if SCALAR:
+            coming_decays = column(gate, following, following_stop, gt, C, LINE)
+        if FRAMED:
+            coming_half = gl.load(halves + (coming // 4).to(gl.int64) * (HEADS * DK))
+
+        if FRAMED:
+            half = half_lines.index(even).load(gl.SliceLayout(0, STATE))
+            state = state * half[None, :]
+        high = gl.convert_layout(rounded(state), READING)
+        mbarrier.wait(ready.index(ring), step // STAGES & 1)
+        if size < C:
+            clear(do_tile, size, ROWS)
+            fence_async_shared()
+            barrier()
+        scores = warpgroup_mma(
+            q_tile, minus_tile.permute((1, 0)), no_scores, use_acc=False, is_async=True
+        )
+        mixed = warpgroup_mma(
+            high, minus_tile.permute((1, 0)), nothing, use_acc=False, is_async=True
+        )
+        rate = lines.index(4 * even).load(gl.SliceLayout(0, MIXED))[None, :]
+        scores = warpgroup_mma_wait(1, deps=[scores])
+        if SCALAR:
+            sum_i = lines.index(4 * even + 1).load(gl.SliceLayout(1, SCORES)) + log_scale
+            sum_j = lines.index(4 * even + 1).load(gl.SliceLayout(0, SCORES))
+            scores = scores * exp2(sum_i[:, None] - sum_j[None, :])
+        else:
+            scores = scores * scale
+        score_tile.store(rounded(gl.where(allowed, scores, 0.0)))
+        fence_async_shared()
+        if not SUMMARY:
+            tma.store_wait(0)  # of the step before, whose tile is written to below
+        barrier()
+        mixed, high = warpgroup_mma_wait(0, deps=[mixed, high])
+        if SCALAR:
+            mixed = mixed * lines.index(4 * even + 3).load(gl.SliceLayout(0, MIXED))[None, :]
+        mixed = warpgroup_mma(do_tile.permute((1, 0)), score_tile, mixed, is_async=True)
+        if SCALAR:
+            enters = lines.index(4 * even + 2).load(gl.SliceLayout(0, WRITING))
+            added = do_tile.permute((1, 0)).load(WRITING).to(gl.float32) * enters[None, :]
+            added_high = rounded(added)
+            added_low = low(added, added_high)
+            of_o = warpgroup_mma(added_high, q_tile, no_state, use_acc=False, is_async=True)
+            of_o = warpgroup_mma(added_low, q_tile, of_o, is_async=True)
+            mixed = warpgroup_mma_wait(2, deps=[mixed])
+        else:
+            of_o = warpgroup_mma(
+                do_tile.permute((1, 0)), q_tile, no_state, use_acc=False, is_async=True
+            )
+            mixed = warpgroup_mma_wait(1, deps=[mixed])
+        high = gl.convert_layout(rounded(-rate * mixed), READING)
+        mixed = warpgroup_mma(high, solved_tiles.index(ring), mixed, is_async=True)
+        if SCALAR:
+            of_o, added_high, added_low, mixed, high = warpgroup_mma_wait(
+                0, deps=[of_o, added_high, added_low, mixed, high]
+            )
+            state = state * whole
+        else:
+            of_o, mixed, high = warpgroup_mma_wait(0, deps=[of_o, mixed, high])
+        state = state + scale * of_o
+        final = rounded(rate * mixed)
+        if SCALAR:
+            write = final.to(gl.float32)
+            write = -write * lines.index(4 * even + 2).load(gl.SliceLayout(0, MIXED))[None, :]
+            rest = gl.convert_layout(low(write, rounded(write)), WRITING)
+            high = gl.convert_layout(rounded(write), WRITING)
+            state = warpgroup_mma(rest, plus_tile, state, is_async=True)
+        else:
+            high = gl.convert_layout(rounded(-rate * mixed), WRITING)
+        state = warpgroup_mma(high, plus_tile, state, is_async=True)
+
+        if not SUMMARY:
+            value = r_tiles.index(ring).permute((1, 0)).load(MIXED).to(gl.float32)
+            share = gl.sum(gl.reshape(mixed * value, [num_warps, 16, C]), 1)
+            token = here + gl.arange(0, C, gl.SliceLayout(0, WARPS))
+            share_at = shares + warp[:, None] * tokens + token[None, :]
+            known = (token < here + size)[None, :] & (warp >= 0)[:, None]
+            gl.store(share_at, gl.convert_layout(share, WARPS), mask=known)
+            if size < C:
+                at_z = gl.arange(0, DV, gl.SliceLayout(1, MIXED))
+                at_i = gl.arange(0, C, gl.SliceLayout(0, MIXED))
+                out = (origin + here + at_i).to(gl.int64)[None, :] * (HEADS * DV) + xc
+                out += at_z[:, None]
+                inside = (at_i < size)[None, :] & (at_z >= 0)[:, None]
+                gl.store(dx_pointer + out, final, mask=inside)
+            else:
+                dx_tiles.index(0).permute((1, 0)).store(final)
+        lines.index(4 - 4 * even).store(coming_rate)
+        if SCALAR:
+            coming_whole = write_decays(lines, 5 - 4 * even, coming_decays, 0.0, False)
+        if FRAMED:
+            half_lines.index(1 - even).store(exp2(coming_half))
+        if SCALAR:
+            state, high, rest = warpgroup_mma_wait(0, deps=[state, high, rest])
+        else:
+            state, high = warpgroup_mma_wait(0, deps=[state, high])
+        if FRAMED:
+            state = state * half[None, :]
+        fence_async_shared()
+        barrier()
+        if not SUMMARY and size == C:
+            tma.async_copy_shared_to_global(dx, [origin + here, xc], dx_tiles.index(0))
+        if step + STAGES < count:
+            at = wanted // 4 * 8
+            mbarrier.expect(ready.index(ring), BYTES)
+            tma.async_copy_global_to_shared(
+                q, [origin + at, qc], ready.index(ring), q_tiles.index(ring)
+            )
+            tma.async_copy_global_to_shared(
+                plus, [origin + at, kc], ready.index(ring), plus_tiles.index(ring)
+            )
+            if FRAMED:
+                tma.async_copy_global_to_shared(
+                    minus, [origin + at, kc], ready.index(ring), minus_tiles.index(ring)
+                )
+            tma.async_copy_global_to_shared(
+                do, [origin + at, oc], ready.index(ring), do_tiles.index(ring)
+            )
+            tma.async_copy_global_to_shared(
+                solved, [solved_origin + at, 0], ready.index(ring), solved_tiles.index(ring)
+            )
+            if not SUMMARY:
+                tma.async_copy_global_to_shared(
+                    r, [origin + at, xc], ready.index(ring), r_tiles.index(ring)
+                )
+        if SCALAR:
+            whole = coming_whole
+        entry = coming
+        coming = wanted
+
+    if not SUMMARY:
+        tma.store_wait(0)
+    else:
+        summaries = gl.num_programs(0) // HEADS // batches
+        index = (batch.to(gl.int64) * summaries + place) * HEADS + head
+        gl.store(B + index * SIZE + col[:, None] + channel[None, :] * DV, state)
