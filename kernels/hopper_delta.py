@@ -241,7 +241,7 @@ class HopperDelta:
             kept = {name: self._constants[name] for name in ("HEADS", "GROUP", "DK", "DECAY")}
             numbers = [batch, tokens, len(table), *self.minus.stride()[:3], *self._at]
             return Launch(
-                solve_hopper_kernel, len(table) * heads * batch, numbers, **kept, num_warps=2
+                solve_hopper_kernel, len(table) * heads * batch, numbers, **kept, num_warps=1
             )
 
         levels = table if passes.frames is None else passes.frames.levels

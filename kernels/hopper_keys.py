@@ -256,8 +256,6 @@ def keys_hopper_kernel(
             sum_j = lines.index(3 * even).load(gl.SliceLayout(0, SCORES))
             of_o = of_o * exp2((sum_i + log_scale)[:, None] - sum_j[None, :])
             of_x = of_x * exp2(sum_i[:, None] - sum_j[None, :])
-        else:
-            of_o = of_o * scale
         of_o = gl.where(j_index[None, :] <= i_index[:, None], -of_o, 0.0)
         of_x = gl.where(j_index[None, :] < i_index[:, None], of_x, 0.0)
         score_tiles.index(0).store(rounded(of_o))
@@ -274,7 +272,14 @@ def keys_hopper_kernel(
         if SCALAR:
             mixed = mixed * lines.index(3 * even + 2).load(gl.SliceLayout(0, MIXED))[None, :]
         of_q, of_k = score_tiles.index(0), score_tiles.index(1)
-        mixed = warpgroup_mma(q_tile.permute((1, 0)), of_q, mixed, is_async=True)
+        if SCALAR:
+            mixed = warpgroup_mma(q_tile.permute((1, 0)), of_q, mixed, is_async=True)
+        else:  # the scale comes after rounding, as in the pass of dq
+            by_q = warpgroup_mma(
+                q_tile.permute((1, 0)), of_q, nothing, use_acc=False, is_async=True
+            )
+            by_q = warpgroup_mma_wait(0, deps=[by_q])
+            mixed = mixed + scale * by_q
         mixed = warpgroup_mma(plus_tile.permute((1, 0)), of_k, mixed, is_async=True)
         if SCALAR:
             enters = lines.index(3 * even + 1).load(gl.SliceLayout(0, WRITING))[None, :]

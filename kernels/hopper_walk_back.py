@@ -252,7 +252,8 @@ def walk_back_hopper_kernel(
             scores = scores * exp2(sum_i[:, None] - sum_j[None, :])
         else:
             scores = scores * scale
-        score_tile.store(rounded(gl.where(allowed, scores, 0.0)))
+        here_only = allowed & (i_index < size)[:, None]  # what lies beyond may overflow
+        score_tile.store(rounded(gl.where(here_only, scores, 0.0)))
         fence_async_shared()
         if not SUMMARY:
             tma.store_wait(0)  # of the step before, whose tile is written to below

@@ -167,7 +167,7 @@ def test_a_chain_of_pieces_equals_the_uncut_run(decay: str, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("decay", WIDTHS)
 def test_packed_documents_are_apart(decay: str) -> None:
-    given = inputs(decay, (700, 2, 2, 128, 128), 0.3)
+    given = inputs(decay, (700, 16, 2, 128, 128), 0.3)  # many heads, for one token is a document
     do = torch.randn_like(given["v"]).round()
     cuts = [0, 1, 64, 200, 263, 700]
     layout = seqpar.Layout(700, 1, cu_seqlens=cuts)
@@ -188,7 +188,5 @@ def test_64k_tokens_equal_the_chunked_form_in_fp64(decay: str) -> None:
 
 def test_which_kernels_run() -> None:
     x = torch.zeros(1, 4, 1, 16, device=DEVICE, dtype=torch.bfloat16)
-    assert choose_delta(x, x, [x]) is DELTA  # until these tests have passed
+    assert isinstance(choose_delta(x, x, [x]), TritonDelta)
     assert choose_delta(x.double(), x.double(), [x]) is DELTA
-    with forced():
-        assert isinstance(choose_delta(x, x, [x]), TritonDelta)
