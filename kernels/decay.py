@@ -136,8 +136,8 @@ class _Prepared:
         operands = self.q, self.k, self.v
         return self.passes.run("o", operands, entering(), self.scale, self.v.dtype)
 
-    def summarize_backward(self, do: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-        return self._fold(self.q, do, self.scale, reverse=True)
+    def summarize_backward(self, do: Tensor) -> Tensor:
+        return self._fold(self.q, do, self.scale, reverse=True)[1]
 
     def run_backward(
         self, entering: Tensor, do: Tensor, leaving: Late, wanted: Sequence[bool]

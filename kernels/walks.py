@@ -72,11 +72,11 @@ class Walks:
             self._walk(B, B, B, A, B, table, summary="AB")
         return A, B
 
-    def summarize_backward(self, do: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    def summarize_backward(self, do: Tensor) -> Tensor:
         _, B, table = self._summaries(reverse=True)
         if len(table):
             self._walk_back(do, do, do, B, B, B, table, summary=True)
-        return self.passes.pieces.passed(A).mT, B
+        return B
 
     def _summaries(self, *, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Room for A and B, and `tables.summary_rows`."""

@@ -83,8 +83,9 @@ class _Recurrence(torch.autograd.Function):
             sp.enter(f"backward of {name}", q=q, v=v)
         prepared = family.prepare(q, k, v, gates, scale, pieces)
         if pieces.entered or sp.exchanges:
-            A, dB = prepared.summarize_backward(do, A)
-            leaving = _scan(family, sp, pieces, A, dB, adjoints, backwards=True)
+            dB = prepared.summarize_backward(do)
+            back = family.transition.adjoint(pieces.passed(A))
+            leaving = _scan(family, sp, pieces, back, dB, adjoints, backwards=True)
         wanted = ctx.needs_input_grad[-len(gates) :] if gates else ()
         return None, None, None, None, *prepared.run_backward(entering, do, leaving, wanted)
 
