@@ -13,10 +13,10 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from seqpar.kernels.hopper import CHUNK
 from seqpar.kernels.hopper_delta import REGISTERS
-from seqpar.kernels.hopper_keys import keys_hopper_kernel
-from seqpar.kernels.hopper_solve import solve_hopper_kernel
-from seqpar.kernels.hopper_walk import walk_hopper_kernel
-from seqpar.kernels.hopper_walk_back import walk_back_hopper_kernel
+from seqpar.kernels.hopper_keys_kernels import keys_hopper_kernel
+from seqpar.kernels.hopper_solve_kernels import solve_hopper_kernel
+from seqpar.kernels.hopper_walk_back_kernels import walk_back_hopper_kernel
+from seqpar.kernels.hopper_walk_kernels import walk_hopper_kernel
 
 INT32 = {"steps", "counts", "table", "levels"}
 FP32 = {"beta", "gate", "entering", "leaving", "A", "B", "halves", "shares", "saved", "flows"}
