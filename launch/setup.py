@@ -86,7 +86,11 @@ def build(config: Config, sizes: Sizes, control: Communicator) -> Run:
         grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.distributed
     )
     stages: list[Any] = build_language_model(
-        config.model, model_config, groups, softmax_method=config.parallel.softmax
+        config.model,
+        model_config,
+        groups,
+        softmax_method=config.parallel.softmax,
+        memory=config.memory,
     )
     model = []
     for index, stage in enumerate(stages):

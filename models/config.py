@@ -56,6 +56,22 @@ class ModelConfig:
     init_std: float = 0.02
 
 
+@dataclass
+class MemoryConfig:
+    """What is kept of a forward pass, and what is made again in the backward pass.
+
+    Attributes:
+        loss_tokens: tokens of a sequence whose logits exist at a time; 0: all.
+    """
+
+    loss_tokens: int = 2048
+
+
+def check_memory(memory: MemoryConfig) -> None:
+    """Raise ValueError for settings that cannot be."""
+    check_at_least("memory.loss_tokens", memory.loss_tokens, 0)
+
+
 def layer_mixers(model: ModelConfig) -> list[str]:
     """The mixer of each layer, in order: "gla", "gated_deltanet" or "softmax".
 

@@ -23,7 +23,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: 
 
 import seqpar  # noqa: E402
 from seqpar.models.compat import install  # noqa: E402
-from seqpar.models.config import ModelConfig  # noqa: E402
+from seqpar.models.config import MemoryConfig, ModelConfig  # noqa: E402
 from seqpar.models.language_model import Batch, build_language_model, forward_step  # noqa: E402
 from seqpar.models.transformer import transformer_config  # noqa: E402
 
@@ -57,6 +57,7 @@ class Setting:
     layout: str = "contiguous"
     shards: tuple[int, ...] | None = None  # tokens of each rank, where they differ
     documents: tuple[int, ...] | None = DOCUMENTS
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     microbatches: int = 1  # of each data-parallel rank
     config: dict[str, Any] = field(default_factory=dict)  # more fields for transformer_config
 
@@ -98,7 +99,11 @@ class Rank:
             **setting.config,
         )
         self.stages: list[Any] = build_language_model(
-            model, self.config, groups, softmax_method=setting.softmax
+            model,
+            self.config,
+            groups,
+            softmax_method=setting.softmax,
+            memory=setting.memory,
         )
         self.experts, self.tied = model.num_experts, model.tie_embeddings
 
