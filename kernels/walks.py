@@ -17,7 +17,15 @@ from seqpar.kernels.launch import Launch
 from seqpar.kernels.passes import Passes, products
 from seqpar.kernels.pieces import Pieces
 from seqpar.kernels.transition import Dense, Transition
-from seqpar.kernels.tuned import Config, ceil_div, delta_piece_tokens, dplr_config, walk_config
+from seqpar.kernels.tuned import (
+    HOPPER_WIDTHS,
+    Config,
+    ceil_div,
+    delta_piece_tokens,
+    dplr_config,
+    is_hopper,
+    walk_config,
+)
 
 PART: int = STEP.value
 
@@ -42,6 +50,10 @@ class WalkFamily:
         *,
         backwards: bool,
     ) -> Tensor:
+        if is_hopper(B.device) and {A.shape[-1], B.shape[-1]} <= {*HOPPER_WIDTHS}:
+            from seqpar.kernels.hopper_delta import scan_states  # Gluon only where it is used
+
+            return scan_states(A, B, pieces, arriving, states, backwards=backwards)
         return scan(self.transition, A, B, pieces, arriving, states, backwards=backwards)
 
 
