@@ -56,8 +56,8 @@ POINTERS = ["beta", "gate", "levels", "table"]
 
 
 @gluon.jit
-def _join(upper, lower, between, beta, start: gl.constexpr):
-    """T between two blocks, in the place of M. beta: of all tokens, the first of them `start`."""
+def _joined(upper, lower, between, beta, start: gl.constexpr):
+    """T between two blocks. beta: of all tokens, the first of them `start`."""
     SIZE: gl.constexpr = between.shape[0]
     BLOCK: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [2, 2], [16, 8])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, BLOCK, 1)
@@ -66,9 +66,7 @@ def _join(upper, lower, between, beta, start: gl.constexpr):
     of_upper = beta.slice(start, SIZE).load(OF_COLUMNS)[None, :]
     of_lower = beta.slice(start + SIZE, SIZE).load(OF_COLUMNS)[None, :]
     P = product(between.load(LEFT) * -of_upper, upper.load(RIGHT), between.load(BLOCK))
-    T = product(lower.load(LEFT) * -of_lower, gl.convert_layout(P, RIGHT), P)
-    barrier()  # all have read M
-    between.store(T)
+    return product(lower.load(LEFT) * -of_lower, gl.convert_layout(P, RIGHT), P)
 
 
 @gluon.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=POINTERS)
@@ -190,16 +188,28 @@ def solve_hopper_kernel(
         T = gl.where(row == here, T - known[:, None, :], T)
     diagonal.store(T)
     barrier()
+    rates_of = lines.index(0)
     blocks = whole._reinterpret(gl.float32, [4, 16, 64], BLOCK)
-    for here in gl.static_range(0, 4, 2):
-        upper = blocks.index(here).slice(0, 16, 1)
-        lower = blocks.index(here + 1)
-        _join(upper, lower.slice(0, 16, 1), lower.slice(16, 16, 1), lines.index(0), 16 * here)
+    first, second = blocks.index(1), blocks.index(3)
+    T = _joined(
+        blocks.index(0).slice(0, 16, 1), first.slice(0, 16, 1), first.slice(16, 16, 1), rates_of, 0
+    )
+    more = _joined(
+        blocks.index(2).slice(0, 16, 1),
+        second.slice(0, 16, 1),
+        second.slice(16, 16, 1),
+        rates_of,
+        32,
+    )
+    barrier()  # all have read M
+    first.slice(16, 16, 1).store(T)
+    second.slice(16, 16, 1).store(more)
     barrier()
     pairs = whole._reinterpret(gl.float32, [2, 32, 64], PAIR)
-    upper = pairs.index(0).slice(0, 32, 1)
-    lower = pairs.index(1)
-    _join(upper, lower.slice(0, 32, 1), lower.slice(32, 32, 1), lines.index(0), 0)
+    upper, lower = pairs.index(0), pairs.index(1)
+    T = _joined(upper.slice(0, 32, 1), lower.slice(0, 32, 1), lower.slice(32, 32, 1), rates_of, 0)
+    barrier()
+    lower.slice(32, 32, 1).store(T)
     barrier()
 
     solved += ((batch * HEADS + head) * tokens + start) * C
