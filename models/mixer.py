@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
@@ -22,7 +23,9 @@ from megatron.core.transformer.utils import (
     sharded_state_dict_default,
 )
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from seqpar.kernels.pieces import Late
 from seqpar.models.config import check_divides
 from seqpar.models.sequence import CallSequence, SequenceParallelParams
 
@@ -40,6 +43,7 @@ class SequenceMixer(MegatronModule, ABC):
             `in_width` numbers, and gives its part of the `out_width`.
         in_width, out_width: numbers a head takes from `in_proj`, and gives to `out_proj`. Both
             weights are laid out head by head, so a checkpoint fits any tensor-parallel size.
+        late_width: how many of these, the last, `mix` asks for late.
         layout: how the sequence is cut over the context-parallel ranks where the caller passes no
             SequenceParallelParams, see CallSequence.
         pg_collection: the process groups; tp and cp are used.
@@ -57,6 +61,7 @@ class SequenceMixer(MegatronModule, ABC):
         heads: int,
         in_width: int,
         out_width: int,
+        late_width: int = 0,
         shared: bool = False,
         layout: str | None,
         pg_collection: ProcessGroupCollection,
@@ -74,6 +79,7 @@ class SequenceMixer(MegatronModule, ABC):
         check_divides("tensor_model_parallel_size", ranks, "heads", heads * self.share)
         check_divides("the ranks of a head", self.share, "the width of a head", in_width)
         self.heads = heads * self.share // ranks
+        self.head_widths = [in_width - late_width, late_width]
         # Megatron's selective recomputation; what is exchanged is exchanged once more then.
         selective = config.recompute_granularity == "selective"
         self.recomputes = selective and "core_attn" in config.recompute_modules
@@ -90,11 +96,15 @@ class SequenceMixer(MegatronModule, ABC):
         )
 
     @abstractmethod
-    def mix(self, x: Tensor, hidden_states: Tensor, params: SequenceParallelParams) -> Tensor:
+    def mix(
+        self, x: Tensor, late: Late, hidden_states: Tensor, params: SequenceParallelParams
+    ) -> Tensor:
         """The layer between its projections.
 
         Args:
-            x: [b, s, local heads, in_width], the output of `in_proj`.
+            x: [b, s, local heads, in_width - late_width], the output of `in_proj`.
+            late: gives the rest of it, [b, s, local heads, late_width]; called between the two
+                halves of a recurrence, it may be projected while states travel.
             hidden_states: [s, b, h], the layer's input (cut over tensor-parallel ranks with
                 Megatron's sequence parallelism).
             params: how the sequence is cut.
@@ -118,19 +128,43 @@ class SequenceMixer(MegatronModule, ABC):
                 ...), or a sequence cut in a way that is not said.
         """
         self._refuse(attention_mask=attention_mask, **inputs)
+        cut = self.config.sequence_parallel
+        tokens = hidden_states.shape[0] * (self.tp_group.size() if cut else 1)
+        params = self.sequence(packed_seq_params, tokens)
+        recomputes = self.recomputes and self.training
+        # Two products cost tensor-parallel ranks two reductions, and would be recomputed.
+        apart = params.sp.exchanges and self.tp_group.size() == 1 and not recomputes
+        if apart and self.head_widths[1]:
+            y = self.mix(*self._project_apart(hidden_states), hidden_states, params)
+        else:
+            x = self._project(hidden_states)
+
+            def mix(x: Tensor, hidden_states: Tensor) -> Tensor:
+                x, late = x.split(self.head_widths, -1)
+                return self.mix(x, lambda: late, hidden_states, params)
+
+            y = checkpoint(mix, False, x, hidden_states) if recomputes else mix(x, hidden_states)
+        out, _ = self.out_proj(y.flatten(2).transpose(0, 1).contiguous())
+        return out, None
+
+    def _project(self, hidden_states: Tensor) -> Tensor:
+        """[s, b, h] -> [b, s, local heads, in_width]."""
         projected, _ = self.in_proj(hidden_states)
-        params = self.sequence(packed_seq_params, projected.shape[0])
         if self.share > 1:
             whole = all_gather_last_dim_from_tensor_parallel_region(projected, self.tp_group)
             heads = self.tp_group.size() // self.share
             projected = whole.chunk(heads, -1)[self.tp_group.rank() // self.share]
-        x = projected.transpose(0, 1).unflatten(-1, (self.heads, -1))
-        if self.recomputes and self.training:
-            y = checkpoint(lambda x, h: self.mix(x, h, params), False, x, hidden_states)
-        else:
-            y = self.mix(x, hidden_states, params)
-        out, _ = self.out_proj(y.flatten(2).transpose(0, 1).contiguous())
-        return out, None
+        return self._by_head(projected)
+
+    def _project_apart(self, hidden_states: Tensor) -> tuple[Tensor, Late]:
+        """What `mix` takes, each part projected by itself; only without tensor parallelism."""
+        by_head = self.in_proj.weight.unflatten(0, (self.heads, -1))
+        weight, late_weight = by_head.split(self.head_widths, 1)
+        x, again = _Project.apply(hidden_states, weight.flatten(0, 1))
+        return self._by_head(x), lambda: self._by_head(F.linear(again, late_weight.flatten(0, 1)))
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1).unflatten(-1, (self.heads, -1))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -183,3 +217,26 @@ class SequenceMixer(MegatronModule, ABC):
                     f"{name} is given, {type(self).__name__} cannot use it: it attends causally "
                     "within the documents of its layout, in training; pass None"
                 )
+
+
+class _Project(torch.autograd.Function):
+    """x [..., I] and weight [O, I] -> x weightᵀ, and x for another product: the gradients of x are
+    added up within the product that gives this one's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight), x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dx: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wanted_x, wanted_weight = ctx.needs_input_grad
+        rows = dy.reshape(-1, dy.shape[-1])
+        if wanted_x:  # nobody else has this gradient of the other product
+            dx = dx.contiguous()
+            dx.view(-1, dx.shape[-1]).addmm_(rows, weight)
+        d_weight = rows.mT @ x.reshape(-1, x.shape[-1]) if wanted_weight else None
+        return dx if wanted_x else None, d_weight
