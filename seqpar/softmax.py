@@ -60,11 +60,12 @@ def softmax_attention(
     source = Ring(sp) if method == "ring" else Gather(sp)
     held = _traded(layout) if causal and method == "allgather" else layout.ranges
     segments = [s for found in layout.cut(held(sp.rank)) for s in found]
+    whole = len(layout.documents) == 2
     if held == layout.ranges:
-        return attend(q, k, v, segments, causal, scale, source)
+        return attend(q, k, v, segments, causal, scale, source, whole)
     there = sp.once(("queries", q.device), lambda: Routes(layout.ranges, held, sp.comm, q.device))
     back = sp.once(("o", q.device), lambda: Routes(held, layout.ranges, sp.comm, q.device))
-    o = attend(fetch(q, there, sp.comm, "queries"), k, v, segments, causal, scale, source)
+    o = attend(fetch(q, there, sp.comm, "queries"), k, v, segments, causal, scale, source, whole)
     return fetch(o, back, sp.comm, "queries")
 
 

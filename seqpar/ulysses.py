@@ -54,6 +54,7 @@ def ulysses(
                 causal,
                 scale,
                 Gather(alone),
+                len(sp.layout.documents) == 2,
             )
         )
     return _FromHeads.apply(torch.cat(outs, 2), mine, heads, sp)

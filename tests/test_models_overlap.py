@@ -82,9 +82,7 @@ def order(rank: int, spec: ModuleSpec) -> tuple[list[str], list[str]]:
         (HIDDEN, rest): "other weights",
     }
     notes: list[str] = []
-    EXCHANGES.update({
-        name: noted(notes, start) for name, start in EXCHANGES.items()
-    }
+    EXCHANGES.update({name: noted(notes, start) for name, start in EXCHANGES.items()})
     with Products(notes, names):
         out, _ = module(x, packed_seq_params=SequenceParallelParams(sp))
         forward = list(notes)
