@@ -32,8 +32,8 @@ def softmax_attention(
         k, v: [B, T, HK, D]; HK divides H (grouped-query heads).
         causal: whether a token attends only to itself and those before it.
         scale: multiplies q; D**-0.5 by default.
-        method: how keys and values meet queries. "allgather": one kv head of the whole stream at a
-            time (arXiv 2407.21783), causal work balanced by trading half of the queries with the
+        method: how keys and values meet queries. "allgather": some kv heads of the whole stream at
+            a time (arXiv 2407.21783), causal work balanced by trading half of the queries with the
             mirror rank; "ring": passed from rank to rank (2310.01889), balanced under the zigzag
             layout; "ulysses": whole sequences of some heads (2309.14509); "auto": by cost.
         sp: how the sequence is cut over ranks; None when this rank holds whole sequences.
