@@ -18,8 +18,6 @@ logger = logging.getLogger(__name__)
 VARIABLE = "SEQPAR_KERNELS"
 CHOICES = ("auto", "triton", "torch")
 WIDEST = 256
-# of kernels that have been changed since their tests (`pytest -m gpu`) last ran on a GPU
-UNPROVEN = f"not yet proven on a GPU; {VARIABLE}=triton takes its kernels nevertheless"
 
 
 def choose_linear(k: Tensor, v: Tensor, gates: Sequence[Tensor]) -> Family:
@@ -43,7 +41,7 @@ def choose_delta(k: Tensor, v: Tensor, gates: Sequence[Tensor]) -> Family:
     Raises:
         ValueError: as `uses_triton`.
     """
-    if not uses_triton("the delta rule", k, _too_wide(k, v), UNPROVEN):
+    if not uses_triton("the delta rule", k, _too_wide(k, v)):
         return DELTA
     from seqpar.kernels.delta_triton import TritonDelta
 
@@ -56,7 +54,7 @@ def choose_dplr(k: Tensor, v: Tensor) -> Family:
     Raises:
         ValueError: as `uses_triton`.
     """
-    if not uses_triton("DPLR", k, _too_wide(k, v), UNPROVEN):
+    if not uses_triton("DPLR", k, _too_wide(k, v)):
         return DPLR
     from seqpar.kernels.dplr_triton import TritonDPLR
 
@@ -68,9 +66,7 @@ def _too_wide(k: Tensor, v: Tensor) -> str | None:
     return f"K={K} and V={V} must be at most {WIDEST}" if max(K, V) > WIDEST else None
 
 
-def uses_triton(
-    function: str, x: Tensor, unfit: str | None = None, unproven: str | None = None
-) -> bool:
+def uses_triton(function: str, x: Tensor, unfit: str | None = None) -> bool:
     """Whether `function` runs by Triton kernels on tensors of x's dtype and device; logged once.
 
     The environment variable SEQPAR_KERNELS forces "triton" or "torch"; "auto" is the default.
@@ -79,7 +75,6 @@ def uses_triton(
         function: its name, for the log.
         x: one of its tensors.
         unfit: why its kernels cannot take the other arguments, if they cannot.
-        unproven: why they are not taken unless they are asked for.
 
     Raises:
         ValueError: SEQPAR_KERNELS has another value, or asks for Triton where it cannot run.
@@ -90,8 +85,6 @@ def uses_triton(
     against = unfit or _against_triton(x.device, x.dtype, asked == "triton")
     if asked == "triton" and against:
         raise ValueError(f"{VARIABLE}='triton' cannot be had: {against}; nearest: 'auto'")
-    if asked == "auto":
-        against = against or unproven
     if asked == "torch" or against:
         _say(function, "PyTorch", against or f"{VARIABLE}=torch")
         return False

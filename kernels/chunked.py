@@ -112,7 +112,12 @@ class _Prepared:
     def summarize(self) -> tuple[Tensor, Tensor]:
         chunks = self._chunks(self.pieces.left)
         k, v, *gates = (chunks.pad(x) for x in (spread(self.k, self.v), self.v, *self.gates))
-        return self._fold(*self.family.state_maps(k, v, gates), chunks.steps())
+        A, B = self.family.state_maps(k, v, gates)
+        steps = chunks.steps()
+        total = A[:, steps[0][1]]
+        for segments, step in steps[1:]:
+            total[:, segments] = self.family.transition.product(A[:, step], total[:, segments])
+        return total, self._fold(A, B, steps)
 
     def run(self, entering: Late) -> Tensor:
         chunks = self._chunks(range(len(self.pieces.spans)))
@@ -121,7 +126,7 @@ class _Prepared:
         states = self._scan(A, B, start, chunks.steps())
         return chunks.join(own + Q @ states).to(self.v.dtype)
 
-    def summarize_backward(self, do: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    def summarize_backward(self, do: Tensor) -> Tensor:
         chunks = self._chunks(self.pieces.entered)
         A, _, Q, _ = self._maps(chunks)
         adjoint = self.family.transition.adjoint(A)
@@ -156,15 +161,14 @@ class _Prepared:
         q, k, v, *gates = (chunks.pad(x) for x in inputs)
         return self.family.maps(q * self.scale, k, v, gates)
 
-    def _fold(self, A: Tensor, B: Tensor, steps: Steps) -> tuple[Tensor, Tensor]:
-        """The map of each segment from those of its chunks: A [B, N, H, ...], B [B, N, H, K, V]."""
-        total, state = A[:, steps[0][1]], B[:, steps[0][1]]
+    def _fold(self, A: Tensor, B: Tensor, steps: Steps) -> Tensor:
+        """B [B, N, H, K, V] of each segment from the maps of its chunks."""
+        state = B[:, steps[0][1]]
         for segments, step in steps[1:]:
-            total[:, segments] = self.family.transition.product(A[:, step], total[:, segments])
             state[:, segments] = (
                 self.family.transition.apply(A[:, step], state[:, segments]) + B[:, step]
             )
-        return total, state
+        return state
 
     def _scan(self, A: Tensor, B: Tensor, entering: Tensor, steps: Steps) -> Tensor:
         """The state [B, n, H, K, V] that enters each chunk, in the direction of `steps`."""

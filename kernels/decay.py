@@ -27,6 +27,7 @@ from seqpar.kernels.tuned import (
     padded,
     piece_tokens,
     run_config,
+    scan_rows,
 )
 
 
@@ -95,10 +96,11 @@ class TritonLinear:
 
         def make() -> Launch:
             batch, summaries, heads, DY, DZ = B.shape
-            rows = 8
+            chains = len(table) * batch * heads
+            rows = scan_rows(chains, DY, B.device)
             return Launch(
                 scan_kernel,
-                len(table) * batch * heads * ceil_div(DY, rows),
+                chains * ceil_div(DY, rows),
                 [batch, summaries, filled.shape[1], arriving.shape[1]],
                 HEADS=heads,
                 DY=DY,
@@ -108,6 +110,7 @@ class TritonLinear:
                 DECAY="key" if self.decay == "diagonal" else self.decay,
                 STEP=-1 if backwards else 1,
                 STORE=states is not None,
+                num_warps=max(1, rows * padded(DZ) // 256),
             )
 
         calls.once("scan", make)(A, B, arriving, filled, leaving, table)
@@ -136,8 +139,8 @@ class _Prepared:
         operands = self.q, self.k, self.v
         return self.passes.run("o", operands, entering(), self.scale, self.v.dtype)
 
-    def summarize_backward(self, do: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-        return self._fold(self.q, do, self.scale, reverse=True)
+    def summarize_backward(self, do: Tensor) -> Tensor:
+        return self._fold(self.q, do, self.scale, reverse=True)[1]
 
     def run_backward(
         self, entering: Tensor, do: Tensor, leaving: Late, wanted: Sequence[bool]

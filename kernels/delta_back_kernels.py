@@ -241,7 +241,6 @@ def keys_kernel(
     C: tl.constexpr,
     SPAN: tl.constexpr,
     DECAY: tl.constexpr,
-    OWN: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -250,7 +249,7 @@ def keys_kernel(
 
     u, dx, do [B, T, H, DV]. With decay, what its gradient needs: saved [B, saves, H, DK, DV] of the
     pass "dq"; flows [B, blocks, H, DK], or with scalar decay shares [B, H, BLOCKS, T] and flows [B,
-    H, BLOCKS, blocks]. OWN: whether a token's share of itself is counted, as that pass does.
+    H, BLOCKS, blocks].
     """
     FRAMED: tl.constexpr = DECAY == "frames"
     SPLIT: tl.constexpr = DECAY != "none" and tl.bfloat16 == OPERAND
@@ -328,10 +327,9 @@ def keys_kernel(
         if DECAY == "scalar":
             until, after, whole = _decays(gate, rows, mask, gt)
             of_o = _decayed(of_o, until, True)
-            if not OWN:
-                itself = index[:, None] == index[None, :]
-                own = tl.sum(tl.where(itself, of_o, 0.0), 1)[:, None]
-                of_o = tl.where(itself, 0.0, of_o)
+            itself = index[:, None] == index[None, :]
+            own = tl.sum(tl.where(itself, of_o, 0.0), 1)[:, None]
+            of_o = tl.where(itself, 0.0, of_o)
         of_x = tl.dot(u_tile, tl.trans(dx_tile), input_precision=PRECISION)
         of_x = tl.where(index[:, None] < index[None, :], of_x, 0.0)
         if DECAY == "scalar":
@@ -353,8 +351,7 @@ def keys_kernel(
         mixed += read
         if DECAY == "scalar":
             tl.store(shares + rows, tl.sum(mixed * plus_tile, 1), mask=mask)
-            if not OWN:
-                mixed += scale * own * q_tile
+            mixed += scale * own * q_tile
         out_at = here * DK + rows[:, None] * (HEADS * DK) + k_cols[None, :]
         out_mask = mask[:, None] & (k_cols < DK)[None, :]
         if not FRAMED:

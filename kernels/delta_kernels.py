@@ -237,19 +237,19 @@ def walk_kernel(
 ):
     """U of one piece, [B, T, H, DV], from the state that enters it; RESIDUAL: and R.
 
-    SUMMARY: "AB": not those, but A [B, N, H, DK, DK] and B [B, N, H, DK, DV] of each piece, or "A".
-    States and what is read of them are taken in two parts then, for a chain of many pieces must
-    equal one piece. `table`: `tables.piece_rows`, or `tables.summary_rows`.
+    SUMMARY: not those, but A [B, N, H, DK, DK] and B [B, N, H, DK, DV] of each piece. States and
+    what is read of them are taken in two parts then, for a chain of many pieces must equal one
+    piece. `table`: `tables.piece_rows`, or `tables.summary_rows`.
 
     KEYS: V goes into the state by keys of its own, of the form of `minus`, and X is -(K⁺ S + P V)
     with P the part of K⁺ Kᵀ below the diagonal (dplr_kernels.py).
     """
     FRAMED: tl.constexpr = DECAY == "frames"
-    SPLIT: tl.constexpr = SUMMARY != "" and tl.bfloat16 == OPERAND
+    SPLIT: tl.constexpr = SUMMARY and tl.bfloat16 == OPERAND
     # U is rounded once; times its decay to the step's end it would be once more
     SPLIT_ADDED: tl.constexpr = SPLIT or (DECAY == "scalar" and tl.bfloat16 == OPERAND)
-    OF_B: tl.constexpr = 0 if SUMMARY == "A" else (DV + BV - 1) // BV
-    OF_A: tl.constexpr = (DK + BV - 1) // BV if SUMMARY != "" else 0
+    OF_B: tl.constexpr = (DV + BV - 1) // BV
+    OF_A: tl.constexpr = (DK + BV - 1) // BV if SUMMARY else 0
     BLOCKS: tl.constexpr = OF_A + OF_B
     pid = tl.program_id(0)
     block = pid % BLOCKS
@@ -260,7 +260,7 @@ def walk_kernel(
     cols = tl.arange(0, BK)
     v_cols = block * BV + tl.arange(0, BV)
     state = tl.zeros([BV, BK], tl.float32)
-    if SUMMARY != "":
+    if SUMMARY:
         row = table + 4 * place
         first_chunk = tl.load(row + 2).to(tl.int64)
         piece = tl.load(row + 3)
@@ -337,13 +337,13 @@ def walk_kernel(
         R = X - again
         U = rate * R
         high = U.to(OPERAND)
-        if SUMMARY == "":
+        if not SUMMARY:
             out_at = out + rows[:, None] * (HEADS * DV) + v_cols[None, :]
             tl.store(u + out_at, high.to(u.dtype.element_ty), mask=v_mask)
             if RESIDUAL:
                 tl.store(r + out_at, R.to(r.dtype.element_ty), mask=v_mask)
         if DECAY == "scalar":
-            if SUMMARY == "":
+            if not SUMMARY:
                 U = high.to(tl.float32)
             U *= tl.exp(after)[:, None]
             high = U.to(OPERAND)
@@ -355,7 +355,7 @@ def walk_kernel(
         if FRAMED:
             state *= tl.exp2(tl.where(closes, half, 0.0))[None, :]
 
-    if SUMMARY != "":
+    if SUMMARY:
         summaries = tl.num_programs(0) // (BLOCKS * HEADS) // batches
         place = (batch * summaries + place) * HEADS + head
         if of_A:

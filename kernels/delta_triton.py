@@ -17,7 +17,14 @@ from seqpar.kernels import frames
 from seqpar.kernels.delta_back_kernels import keys_kernel
 from seqpar.kernels.family import Prepared
 from seqpar.kernels.launch import Launch, plan
-from seqpar.kernels.passes import Passes, Traces, is_for_hopper, operand_dtype, ungroup
+from seqpar.kernels.passes import (
+    Passes,
+    Traces,
+    is_for_hopper,
+    operand_dtype,
+    traced,
+    ungroup,
+)
 from seqpar.kernels.pieces import Late, Pieces
 from seqpar.kernels.strides import dense
 from seqpar.kernels.tuned import (
@@ -64,14 +71,15 @@ class TritonDelta(WalkFamily):
             found = frames.enter(q, k, gate, pieces, BLOCK[decay], chunk, operand, calls, part)
             q, k, plus = found.q, found.k, found.plus
         passes = Passes(decay, pieces, calls, hopper, chunk, gate, found)
+        kind = DeltaPrepared
         if hopper:
             from seqpar.kernels.hopper_delta import HopperDelta  # Gluon only where it is used
 
-            return HopperDelta(passes, scale, given, q, plus, k, v, beta)
-        return _Prepared(passes, scale, operand, given, q, plus, k, None, v, beta)
+            kind = HopperDelta
+        return kind(passes, scale, operand, given, q, plus, k, None, v, beta)
 
 
-class _Prepared(Walks):
+class DeltaPrepared(Walks):
     """Implements `seqpar.kernels.family.Prepared`; `given` are the q and k of the call."""
 
     def run(self, entering: Late) -> Tensor:
@@ -79,30 +87,30 @@ class _Prepared(Walks):
         u = self._empty()
         self._walk(u, u, states, states, states, self.passes.table)
         self._solved = None  # its room is o's
-        return self.passes.run("o", (self.q, self.minus, u), states, self.scale, self.v.dtype)
+        operands = self.q, self.minus, u
+        return self.passes.run("o", operands, states, self.scale, self.v.dtype, exact=True)
 
     def run_backward(
         self, entering: Tensor, do: Tensor, leaving: Late, wanted: Sequence[bool]
     ) -> list[Tensor | None]:
         passes, minus, found = self.passes, self.minus, self.passes.frames
+        decayed = passes.decay != "none"
         dtype = self.given[0].dtype if found is None else torch.float32
         u, r = self._empty(), self._empty()
         self._walk(u, r, entering, entering, entering, passes.table, residual=True)
+        traces = passes.traces(minus, self.v, self._key_lines) if decayed else None
+        # rounding would not cancel in the gradient of the decays
+        forth = partial(
+            passes.run, states=entering, dtype=dtype, transposed=True, split=decayed, exact=True
+        )
+        dq = forth("dq", (do, u, minus), scale=self.scale, other=self.q, traces=traces)
         adjoints = leaving()
         dx, d_beta = self._values_back(do, r, adjoints)
         del r
-        self._solved = None  # their room is the passes'
-        traces = None
-        if passes.decay != "none":
-            lines = ceil_div(minus.shape[3], self._keys_config.columns)
-            traces = passes.traces(minus, self.v, lines)
-        # rounding does not cancel in the gradient of the decays, as steps are not these chunks
-        split = traces is not None
-        forth = partial(passes.run, states=entering, dtype=dtype, transposed=True, split=split)
-        dq = forth("dq", (do, u, minus), scale=self.scale, other=self.q, traces=traces)
-        shared = traces if found is None else None  # `frames.leave` finds the share of the frames'
+        self._solved = None  # their room is for what follows
+        of_plus = traces if found is None else None  # otherwise `frames.leave` finds its share
         operands = dx, u, minus
-        d_plus = forth("d_plus", operands, scale=-1.0, strict=True, other=self.plus, traces=shared)
+        d_plus = forth("d_plus", operands, scale=-1.0, strict=True, other=self.plus, traces=of_plus)
         dk = self._keys_back(u, do, dx, d_plus, adjoints, traces)
         gradients: list[Tensor | None] = [d_beta.to(self.beta.dtype)]
         if traces is not None:
@@ -117,12 +125,21 @@ class _Prepared(Walks):
 
     def _values_back(self, do: Tensor, r: Tensor, adjoints: Tensor) -> tuple[Tensor, Tensor]:
         """dX and dβ [B, T, HV, 1]."""
-        batch, tokens, heads, V = r.shape
-        lines = ceil_div(V, self._config.columns)
+        batch, tokens, heads, _ = r.shape
         dx = self._empty()
-        shares = r.new_empty(batch, heads, lines, tokens, dtype=torch.float32)
-        self._walk_back(do, r, dx, shares, adjoints, adjoints, self.passes.table, residual=True)
+        shares = r.new_empty(batch, heads, self._value_lines, tokens, dtype=torch.float32)
+        self._walk_back(do, r, dx, shares, adjoints, adjoints, self.passes.table)
         return dx, shares.sum(2).transpose(1, 2)[..., None]
+
+    @property
+    def _value_lines(self) -> int:
+        """How many shares of dβ there are."""
+        return ceil_div(self.v.shape[3], self._config.columns)
+
+    @property
+    def _key_lines(self) -> int:
+        """How many shares of the decays' gradient the keys' kernel leaves."""
+        return ceil_div(self.minus.shape[3], self._keys_config.columns)
 
     @property
     def _keys_config(self) -> Config:
@@ -144,9 +161,7 @@ class _Prepared(Walks):
         """The gradient of k⁻; without frames, of k, in d_plus's room."""
         passes = self.passes
         dk = d_plus if passes.frames is None else torch.empty_like(d_plus)
-        saved = shares = flows = adjoints
-        if traces is not None:
-            saved, flows, shares = traces.saved, traces.flows, traces.shares.get("dk", adjoints)
+        saved, shares, flows = traced(traces, "dk", adjoints)
 
         def make() -> Launch:
             tensors = do, self.q, self.plus, passes.gate
@@ -158,12 +173,10 @@ class _Prepared(Walks):
                 "BK": config.columns,
                 "BV": config.rows,
                 "SPAN": passes.block,
-                "OWN": passes.hopper,
                 "num_warps": config.warps,
                 "STAGES": config.stages,
             }
-            batch, _, heads, K = dk.shape
-            programs = ceil_div(K, config.columns) * batch * heads * len(passes.table)
+            programs = self._key_lines * self._programs(passes.table)
             return Launch(keys_kernel, programs, numbers, **given)
 
         keys = passes.calls.once(("keys", adjoints.shape[1]), make)

@@ -15,7 +15,7 @@ from seqpar.kernels import frames
 from seqpar.kernels.dplr_kernels import pairs_kernel
 from seqpar.kernels.frames import Frames
 from seqpar.kernels.launch import Launch, plan
-from seqpar.kernels.passes import Passes, Traces, operand_dtype, products, ungroup
+from seqpar.kernels.passes import Passes, Traces, operand_dtype, products, traced, ungroup
 from seqpar.kernels.pieces import Late, Pieces
 from seqpar.kernels.strides import dense
 from seqpar.kernels.tuned import BLOCK, ceil_div, dplr_config
@@ -99,7 +99,7 @@ class _Prepared(Walks):
     ) -> None:
         """A pass of `pairs_kernel` over x1, x2, y1, z1, y2, z2; traces: of one with two outputs."""
         passes, (batch, _, heads, DZ) = self.passes, out1.shape
-        saved, flows = (traces.saved, traces.flows) if traces else (states, states)
+        saved, _, flows = traced(traces, name, states)
 
         def make() -> Launch:
             DY = operands[0].shape[3]

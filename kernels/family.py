@@ -18,11 +18,8 @@ class Prepared(Protocol):
     def run(self, entering: Late) -> Tensor:
         """o, given the state that enters each piece of `pieces.entered`, asked for late."""
 
-    def summarize_backward(self, do: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-        """The map dS_in = Aᵀ dS_out + dB of each piece that a state enters: Aᵀ, dB.
-
-        A: what `summarize` gave. Aᵀ need be right only of pieces that a state leaves as well.
-        """
+    def summarize_backward(self, do: Tensor) -> Tensor:
+        """dB of the map dS_in = Aᵀ dS_out + dB of each piece that a state enters."""
 
     def run_backward(
         self, entering: Tensor, do: Tensor, leaving: Late, wanted: Sequence[bool]

@@ -1,102 +1,33 @@
 """The (gated) delta rule on Hopper, by kernels of its own, launched.
 
-As in delta_triton.py, but in steps of 64 tokens. Those are the chunks of the passes, so rounded
-scores are the same in all of them.
+The flow is that of delta_triton.py, in steps of 64 tokens. Those are the chunks of the passes, so
+rounded scores are the same in all of them.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from seqpar.kernels import frames, tables
+from seqpar.kernels import tables
+from seqpar.kernels.delta_triton import DeltaPrepared
 from seqpar.kernels.hopper import CHUNK, tiles
-from seqpar.kernels.hopper_keys import keys_hopper_kernel
-from seqpar.kernels.hopper_solve import solve_hopper_kernel
-from seqpar.kernels.hopper_walk import walk_hopper_kernel
-from seqpar.kernels.hopper_walk_back import walk_back_hopper_kernel
-from seqpar.kernels.launch import Launch
-from seqpar.kernels.passes import Passes, Traces, ungroup
-from seqpar.kernels.pieces import Late
+from seqpar.kernels.hopper_keys_kernels import keys_hopper_kernel
+from seqpar.kernels.hopper_scan_kernels import COLUMNS, scan_hopper_kernel
+from seqpar.kernels.hopper_solve_kernels import solve_hopper_kernel
+from seqpar.kernels.hopper_walk_back_kernels import walk_back_hopper_kernel
+from seqpar.kernels.hopper_walk_kernels import walk_hopper_kernel
+from seqpar.kernels.launch import Launch, plan
+from seqpar.kernels.passes import Traces, traced
+from seqpar.kernels.pieces import Pieces
 
 # a thread, of the warpgroups that walk; the one that brings their tiles needs few
 REGISTERS = 232
 
 
-@dataclass(slots=True)
-class HopperDelta:
-    """Implements `seqpar.kernels.family.Prepared`.
-
-    given: q and k of the call. q, plus, minus: q⁺, k⁺ and k⁻ of delta_kernels.py, of frames;
-    without any q, k and k.
-    """
-
-    passes: Passes
-    scale: float
-    given: tuple[Tensor, Tensor]
-    q: Tensor
-    plus: Tensor
-    minus: Tensor
-    v: Tensor
-    beta: Tensor
-    _solved: tuple[Tensor, Tensor] | None = field(default=None, init=False)
-
-    def summarize(self) -> tuple[Tensor, Tensor]:
-        table = self._summaries(reverse=False)
-        A, B = (self._states(table, x.shape[3]) for x in (self.minus, self.v))
-        if len(table):
-            self._walk(self.v, self.v, B, A, B, table, summary=True)
-        return A, B
-
-    def run(self, entering: Late) -> Tensor:
-        states = entering()
-        u = self._like_v()
-        self._walk(u, u, states, states, states, self.passes.table)
-        self._solved = None  # their room is o's
-        operands = self.q, self.minus, u
-        return self.passes.run("o", operands, states, self.scale, self.v.dtype, exact=True)
-
-    def summarize_backward(self, do: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-        table = self._summaries(reverse=True)
-        B = self._states(table, self.v.shape[3])
-        if len(table):
-            self._walk_back(do, do, do, B, B, B, table, summary=True)
-        return self.passes.pieces.passed(A).mT, B
-
-    def run_backward(
-        self, entering: Tensor, do: Tensor, leaving: Late, wanted: Sequence[bool]
-    ) -> list[Tensor | None]:
-        passes, minus, found = self.passes, self.minus, self.passes.frames
-        decayed, dtype = passes.decay != "none", self.v.dtype if found is None else torch.float32
-        u, r = self._like_v(), self._like_v()
-        self._walk(u, r, entering, entering, entering, passes.table, residual=True)
-        traces = passes.traces(minus, self.v, minus.shape[3] // 16) if decayed else None
-        forth = partial(
-            passes.run, states=entering, dtype=dtype, transposed=True, split=decayed, exact=True
-        )
-        dq = forth("dq", (do, u, minus), scale=self.scale, other=self.q, traces=traces)
-        adjoints = leaving()
-        dx, d_beta = self._values_back(do, r, adjoints)
-        del r
-        self._solved = None  # their room is for what follows
-        of_plus = traces if found is None else None  # otherwise `frames.leave` finds its share
-        d_plus = forth(
-            "d_plus", (dx, u, minus), scale=-1.0, strict=True, other=self.plus, traces=of_plus
-        )
-        dk = self._keys_back(u, do, dx, d_plus, adjoints, traces)
-        gradients = [d_beta.to(self.beta.dtype)]
-        if traces is not None:
-            gate = passes.gate
-            if found is not None:
-                kept = gate, traces.flows, passes.blocks, self.given[0].dtype, passes.calls
-                dq, dk, d_gate = frames.leave(found, dq, dk, *kept, d_plus)
-            else:
-                d_gate = passes.d_gate(traces)
-            gradients.append(d_gate.to(gate.dtype))
-        return [*map(ungroup, (dq, dk), self.given), dx, *gradients]
+class HopperDelta(DeltaPrepared):
+    """Implements `seqpar.kernels.family.Prepared`."""
 
     def _walk(
         self,
@@ -146,14 +77,6 @@ class HopperDelta:
         inputs = self.v, self.minus, u, r, self.beta, self.passes.gate
         walk(T, W, *inputs, entering, A, B, *self.passes.framed, table)
 
-    def _values_back(self, do: Tensor, r: Tensor, adjoints: Tensor) -> tuple[Tensor, Tensor]:
-        """dX and dβ [B, T, HV, 1]."""
-        batch, tokens, heads, V = r.shape
-        dx = self._like_v()
-        shares = r.new_empty(batch, heads, V // 16, tokens, dtype=torch.float32)
-        self._walk_back(do, r, dx, shares, adjoints, adjoints, self.passes.table)
-        return dx, shares.sum(2).transpose(1, 2)[..., None]
-
     def _walk_back(
         self,
         do: Tensor,
@@ -198,9 +121,7 @@ class HopperDelta:
     ) -> Tensor:
         """The gradient of k⁻; without frames, of k."""
         passes, dk = self.passes, torch.empty_like(d_plus)
-        saved = shares = flows = adjoints
-        if traces is not None:
-            saved, flows, shares = traces.saved, traces.flows, traces.shares.get("dk", adjoints)
+        saved, shares, flows = traced(traces, "dk", adjoints)
 
         def make() -> Callable[..., None]:
             counts = *self._counts(adjoints), saved.shape[1], len(passes.blocks)
@@ -222,14 +143,8 @@ class HopperDelta:
         keys(*inputs, shares, flows, *passes.framed, passes.table)
         return dk
 
-    @property
-    def solved(self) -> tuple[Tensor, Tensor]:
-        """T [B, HV, T, 64] and W [B, T, HV, K] of hopper_solve.py."""
-        if self._solved is None:
-            self._solved = self._solve()
-        return self._solved
-
-    def _solve(self) -> tuple[Tensor, Tensor]:
+    def _solve(self) -> tuple[Tensor, ...]:
+        """T [B, HV, T, 64] and W [B, T, HV, K] of hopper_solve_kernels.py."""
         passes, (batch, tokens, heads, _) = self.passes, self.v.shape
         T = self.v.new_empty(batch, heads, tokens, CHUNK)
         W = self.v.new_empty(batch, tokens, heads, self.minus.shape[3])
@@ -237,43 +152,27 @@ class HopperDelta:
             "chunks", lambda: tables.cut_rows(passes.pieces, CHUNK, CHUNK, self.v)
         )
 
-        def make() -> Launch:
+        def make() -> Callable[..., None]:
             kept = {name: self._constants[name] for name in ("HEADS", "GROUP", "DK", "DECAY")}
-            numbers = [batch, tokens, len(table), *self.minus.stride()[:3], *self._at]
-            return Launch(
-                solve_hopper_kernel, len(table) * heads * batch, numbers, **kept, num_warps=2
+            numbers = [batch, tokens, len(table), self.minus.stride(2), *self._at]
+            launch = Launch(
+                solve_hopper_kernel, len(table) * heads * batch, numbers, **kept, num_warps=4
             )
+            tiled = tiles(self.plus, self.minus)
+            return lambda *tensors: launch(*tiled(*tensors[:2]), *tensors[2:])
 
         levels = table if passes.frames is None else passes.frames.levels
         solve = passes.calls.once("solve", make)
         solve(self.plus, self.minus, self.beta, passes.gate, T, W, levels, table)
         return T, W
 
-    def _summaries(self, *, reverse: bool) -> Tensor:
-        """`tables.summary_rows`."""
-        passes = self.passes
-        return passes.calls.once(
-            ("summaries", reverse),
-            lambda: tables.summary_rows(passes.pieces, reverse, CHUNK, self.v),
-        )
+    @property
+    def _value_lines(self) -> int:
+        return self.v.shape[3] // 16
 
-    def _states(self, table: Tensor, columns: int) -> Tensor:
-        """Room for A or B of the pieces in `table`."""
-        batch, _, heads, _ = self.v.shape
-        shape = batch, len(table), heads, self.minus.shape[3], columns
-        return self.v.new_empty(shape, dtype=torch.float32)
-
-    def _like_v(self) -> Tensor:
-        """Room for U, R or dX."""
-        return torch.empty_like(self.v, memory_format=torch.contiguous_format)
-
-    def _counts(self, states: Tensor) -> tuple[int, ...]:
-        """batches, tokens, pieces, chunks, slots."""
-        chunks = 0 if self.passes.frames is None else self.passes.frames.levels.shape[1]
-        return *self.v.shape[:2], len(self.passes.table), chunks, states.shape[1]
-
-    def _programs(self, table: Tensor) -> int:
-        return self.v.shape[0] * self.v.shape[2] * len(table)
+    @property
+    def _key_lines(self) -> int:
+        return self.minus.shape[3] // 16
 
     @property
     def _at(self) -> tuple[int, ...]:
@@ -293,6 +192,47 @@ class HopperDelta:
         }
 
 
-def _rows(T: Tensor) -> Tensor:
-    """T [B, H, T, 64] as one matrix, [1, rows, 1, 64]."""
-    return T.view(1, -1, 1, T.shape[3])
+def scan_states(
+    A: Tensor,
+    B: Tensor,
+    pieces: Pieces,
+    arriving: Tensor,
+    states: Tensor | None,
+    *,
+    backwards: bool,
+) -> Tensor:
+    """`family.Family.scan` for dense transitions."""
+    leaving = torch.zeros_like(arriving)
+    table = tables.run_rows(pieces, backwards, B)
+    if not len(table):
+        return leaving
+    filled = B if states is None else states
+    transposed = not A.is_contiguous()
+    if transposed:
+        A = A.mT.contiguous()  # which it is already
+    calls = plan(pieces, "dense", transposed, states is None, backwards, B, arriving, filled)
+
+    def make() -> Callable[..., None]:
+        batch, summaries, heads, K, V = B.shape
+        launch = Launch(
+            scan_hopper_kernel,
+            len(table) * batch * heads * V // COLUMNS.value,
+            [batch, summaries, filled.shape[1], arriving.shape[1]],
+            HEADS=heads,
+            DK=K,
+            DV=V,
+            STEP=-1 if backwards else 1,
+            STORE=states is not None,
+            TRANSPOSED=transposed,
+            num_warps=K // 16,
+        )
+        tiled = tiles(_rows(A), rows=K)
+        return lambda A, *tensors: launch(*tiled(_rows(A)), *tensors)
+
+    calls.once("scan", make)(A, B, arriving, filled, leaving, table)
+    return leaving
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A contiguous tensor as one matrix, [1, rows, 1, columns]."""
+    return x.view(1, -1, 1, x.shape[-1])

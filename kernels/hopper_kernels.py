@@ -25,6 +25,7 @@ from seqpar.kernels.hopper_parts import (
     column,
     entry_of,
     exp2,
+    frames_of,
     low,
     rounded,
     write_decays,
@@ -141,12 +142,10 @@ def run_hopper_kernel(
     if FRAMED:
         first_chunk = gl.load(table + 8 * piece + 7).to(gl.int64)
         pieces = gl.num_programs(0) // HEADS // batches
-        of_head = batch.to(gl.int64) * HEADS + head
-        count = gl.load(counts + of_head * pieces + piece)
-        steps += (of_head * chunks + first_chunk) * (C // 8)
         DECAYED: gl.constexpr = DY if DECAY == "key" else DZ
-        first_slot = (batch.to(gl.int64) * chunks + first_chunk) * (C // 8)
-        halves += (first_slot * HEADS + head) * DECAYED
+        lists = steps, counts, halves
+        place_of = batch, head, piece, pieces, first_chunk, chunks
+        count, steps, halves = frames_of(*lists, *place_of, HEADS, DECAYED, C)
 
     # [DZ, DY], [DZ, C], [C, C]: each warpgroup has 64 rows of the first two, half the columns of
     # the last

@@ -2,6 +2,8 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import tma
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name until Triton 3.6
 
@@ -31,6 +33,23 @@ def rounded(x):
 def low(x, high):
     """What rounding x to `high` left, rounded alike."""
     return rounded(x - high.to(gl.float32))
+
+
+@gluon.jit
+def _parts(x):
+    """x in two parts that tensor cores take whole, in TF32."""
+    high = (x.to(gl.int32, bitcast=True) & -8192).to(gl.float32, bitcast=True)
+    return high, x - high
+
+
+@gluon.jit
+def product(a, b, more):
+    """a b + more in fp32, to its accuracy."""
+    a_high, a_low = _parts(a)
+    b_high, b_low = _parts(b)
+    more = mma_v2(a_low, b_high, more, "tf32")
+    more = mma_v2(a_high, b_low, more, "tf32")
+    return mma_v2(a_high, b_high, more, "tf32")
 
 
 @gluon.jit
@@ -76,3 +95,35 @@ def clear(tile, length, layout: gl.constexpr):
     row = gl.arange(0, tile.shape[0], gl.SliceLayout(1, layout))
     value = tile.load(layout)
     tile.store(gl.where((row < length)[:, None], value, gl.zeros_like(value)))
+
+
+@gluon.jit
+def frames_of(
+    steps,
+    counts,
+    halves,
+    batch,
+    head,
+    piece,
+    pieces,
+    first_chunk,
+    chunks,
+    HEADS: gl.constexpr,
+    WIDTH: gl.constexpr,
+    C: gl.constexpr,
+):
+    """How many frames a piece has of one head, its steps, and its half decays of WIDTH channels."""
+    of_head = batch.to(gl.int64) * HEADS + head
+    count = gl.load(counts + of_head * pieces + piece)
+    steps += (of_head * chunks + first_chunk) * (C // 8)
+    halves += ((batch.to(gl.int64) * chunks + first_chunk) * (C // 8) * HEADS + head) * WIDTH
+    return count, steps, halves
+
+
+@gluon.jit
+def bring(tensors, columns, tiles, row, slot, ready):
+    """Start copying rows from `row` on of each tensor into a slot of its ring of tiles."""
+    for i in gl.static_range(len(tensors)):
+        tma.async_copy_global_to_shared(
+            tensors[i], [row, columns[i]], ready.index(slot), tiles[i].index(slot)
+        )

@@ -26,8 +26,8 @@ class Pass:
     heads, DZ]; entering [B, slots, heads, K, V]. decay: "none", "scalar", "key" or "value".
     transposed: DZ is K and DY is V. gated: whether the gradient of the decays is wanted; block: its
     tokens; blocks: how many there are. strict: whether a token is left out of its own sum. split:
-    whether the state, the scores and what is added are taken in two parts. frames: of diagonal
-    decay.
+    whether the state is taken in two parts, and by the general kernel the scores, and what `exact`
+    says. exact: whether what is multiplied with scalar decay is. frames: of diagonal decay.
     """
 
     x: Tensor
@@ -79,6 +79,13 @@ class Traces:
     shares: dict[str, Tensor]  # of scalar decay, [B, H, lines, T]
     flows: Tensor  # [B, H, lines, blocks], or of diagonal decay [B, blocks, H, K]
     saved: Tensor  # states at the ends of blocks, [B, saves, H, K, V]
+
+
+def traced(traces: Traces | None, name: str, spare: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """saved, shares of one pass, and flows; `spare` for what is not wanted."""
+    if traces is None:
+        return spare, spare, spare
+    return traces.saved, traces.shares.get(name, spare), traces.flows
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,9 +200,7 @@ class Passes:
         if other is None or self.frames is not None:
             other = z
         out = torch.empty(*x.shape[:2], states.shape[2], z.shape[-1], dtype=dtype, device=z.device)
-        saved = shares = flows = states
-        if traces is not None:
-            saved, flows, shares = traces.saved, traces.flows, traces.shares.get(name, states)
+        saved, shares, flows = traced(traces, name, states)
 
         def make() -> Callable[..., None]:
             p = Pass(

@@ -72,7 +72,10 @@ class Pieces(Once):
         return _runs(orders, self.left, self.entered)
 
     def passed(self, A: Tensor) -> Tensor:
-        """A [B, left, ...] of the pieces that a state enters; of any others where none leaves."""
+        """A [B, entered, ...] of the pieces that a state enters, for A [B, left, ...].
+
+        Of any other where none leaves: what it is applied to is zero.
+        """
         if not A.shape[1]:
             return A.new_zeros(A.shape[0], len(self.entered), *A.shape[2:])
         places = {piece: place for place, piece in enumerate(self.left)}

@@ -59,7 +59,8 @@ class Decay:
         return A2 * A1
 
     def total(self, A: Tensor, order: range) -> Tensor:
-        return A[:, list(order)].prod(1)
+        # no list of places, which would go to the GPU anew at each call and wait for it
+        return A.narrow(1, min(order), len(order)).prod(1)
 
     def adjoint(self, A: Tensor) -> Tensor:
         return A

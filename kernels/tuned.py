@@ -71,6 +71,13 @@ def piece_tokens(tokens: int, programs: int, device: torch.device) -> int:
     return max(256, ceil_div(ceil_div(tokens, wanted), 64) * 64)
 
 
+def scan_rows(chains: int, rows: int, device: torch.device) -> int:
+    """How many of a state's rows a program takes through its chain of pieces, so that the chip is
+    full: what limits it is how many bytes are on their way."""
+    wanted = min(8, max(1, chains * rows // (4 * processors(device))))
+    return 1 << (wanted.bit_length() - 1)
+
+
 def delta_piece_tokens(tokens: int, heads: int, device: torch.device) -> int | None:
     """The same for the delta rule, where a pass takes a processor for each head; None: do not cut.
 

@@ -17,7 +17,15 @@ from seqpar.kernels.launch import Launch
 from seqpar.kernels.passes import Passes, products
 from seqpar.kernels.pieces import Pieces
 from seqpar.kernels.transition import Dense, Transition
-from seqpar.kernels.tuned import Config, ceil_div, delta_piece_tokens, dplr_config, walk_config
+from seqpar.kernels.tuned import (
+    HOPPER_WIDTHS,
+    Config,
+    ceil_div,
+    delta_piece_tokens,
+    dplr_config,
+    is_hopper,
+    walk_config,
+)
 
 PART: int = STEP.value
 
@@ -42,6 +50,10 @@ class WalkFamily:
         *,
         backwards: bool,
     ) -> Tensor:
+        if is_hopper(B.device) and {A.shape[-1], B.shape[-1]} <= {*HOPPER_WIDTHS}:
+            from seqpar.kernels.hopper_delta import scan_states  # Gluon only where it is used
+
+            return scan_states(A, B, pieces, arriving, states, backwards=backwards)
         return scan(self.transition, A, B, pieces, arriving, states, backwards=backwards)
 
 
@@ -64,19 +76,19 @@ class Walks:
     keys: Tensor | None
     v: Tensor
     beta: Tensor
-    _solved: Tensor | None = field(default=None, init=False)
+    _solved: tuple[Tensor, ...] | None = field(default=None, init=False)
 
     def summarize(self) -> tuple[Tensor, Tensor]:
         A, B, table = self._summaries(reverse=False)
         if len(table):
-            self._walk(B, B, B, A, B, table, summary="AB")
+            self._walk(self.v, self.v, B, A, B, table, summary=True)
         return A, B
 
-    def summarize_backward(self, do: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    def summarize_backward(self, do: Tensor) -> Tensor:
         _, B, table = self._summaries(reverse=True)
         if len(table):
             self._walk_back(do, do, do, B, B, B, table, summary=True)
-        return self.passes.pieces.passed(A).mT, B
+        return B
 
     def _summaries(self, *, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Room for A and B, and `tables.summary_rows`."""
@@ -115,24 +127,24 @@ class Walks:
         B: Tensor,
         table: Tensor,
         *,
-        summary: str = "",
+        summary: bool = False,
         residual: bool = False,
     ) -> None:
-        """For U and R, or summaries ("AB" or "A"), of the pieces in `table`."""
+        """For U, and R if wanted, or summaries, of the pieces in `table`."""
 
         def make() -> Launch:
             strides = (x.stride()[:3] for x in (self.minus, self.v, self.beta, self.passes.gate))
             numbers = [*self._counts(entering), *(stride for x in strides for stride in x)]
             given = self._constants | {"SUMMARY": summary, "RESIDUAL": residual}
             given |= {"KEYS": self.keys is not None}
-            wanted = {"": (B,), "A": (A,), "AB": (A, B)}[summary]
-            columns = (x.shape[4] for x in wanted)
-            return Launch(walk_kernel, self._programs(table, *columns), numbers, **given)
+            columns = (x.shape[4] for x in ((A, B) if summary else (B,)))
+            blocks = sum(ceil_div(count, self._config.columns) for count in columns)
+            return Launch(walk_kernel, blocks * self._programs(table), numbers, **given)
 
         kind = "walk", summary, residual, entering.shape[1]
         walk = self.passes.calls.once(kind, make)
         inputs = self.plus, self.minus, self._keys, self.v, self.beta, self.passes.gate
-        walk(*inputs, self.solved, u, r, entering, A, B, *self._parts, table)
+        walk(*inputs, *self.solved, u, r, entering, A, B, *self._parts, table)
 
     def _walk_back(
         self,
@@ -145,19 +157,21 @@ class Walks:
         table: Tensor,
         *,
         summary: bool = False,
-        residual: bool = False,
     ) -> None:
+        """For dX and shares of dβ, of DPLR for dX alone, or summaries, of the pieces in `table`."""
+
         def make() -> Launch:
             tensors = self.q, self.minus, do, self.beta, self.passes.gate
             strides = (s for x in tensors for s in x.stride()[:3])
             numbers = [self.scale, *self._counts(leaving), *strides]
+            residual = not summary and self.keys is None
             given = self._constants | {"SUMMARY": summary, "RESIDUAL": residual}
-            programs = self._programs(table, self.v.shape[3])
-            return Launch(walk_back_kernel, programs, numbers, **given)
+            blocks = ceil_div(self.v.shape[3], self._config.columns)
+            return Launch(walk_back_kernel, blocks * self._programs(table), numbers, **given)
 
-        walk = self.passes.calls.once(("walk back", summary, residual, leaving.shape[1]), make)
+        walk = self.passes.calls.once(("walk back", summary, leaving.shape[1]), make)
         inputs = self.q, self.plus, self.minus, do, r, self.beta, self.passes.gate
-        walk(*inputs, self.solved, dx, shares, leaving, B, *self._parts, table)
+        walk(*inputs, *self.solved, dx, shares, leaving, B, *self._parts, table)
 
     @property
     def _keys(self) -> Tensor:
@@ -165,13 +179,13 @@ class Walks:
         return self.minus if self.keys is None else self.keys
 
     @property
-    def solved(self) -> Tensor:
-        """T [B, HV, T, 32]."""
+    def solved(self) -> tuple[Tensor, ...]:
+        """What is found of keys alone, for all steps at once: T [B, HV, T, 32]."""
         if self._solved is None:
             self._solved = self._solve()
         return self._solved
 
-    def _solve(self) -> Tensor:
+    def _solve(self) -> tuple[Tensor, ...]:
         passes, (batch, tokens, heads, _) = self.passes, self.v.shape
         solved = self.v.new_empty(batch, heads, tokens, PART, dtype=self.operand)
         chunk = passes.chunk
@@ -194,7 +208,7 @@ class Walks:
         levels = table if passes.frames is None else passes.frames.levels
         solve = passes.calls.once("solve", make)
         solve(self.plus, self.minus, self.beta, passes.gate, solved, levels, table)
-        return solved
+        return (solved,)
 
     @property
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,9 +221,9 @@ class Walks:
         chunks = 0 if self.passes.frames is None else self.passes.frames.levels.shape[1]
         return *self.v.shape[:2], len(self.passes.table), chunks, states.shape[1]
 
-    def _programs(self, table: Tensor, *columns: int) -> int:
-        blocks = sum(ceil_div(count, self._config.columns) for count in columns)
-        return blocks * self.v.shape[0] * self.v.shape[2] * len(table)
+    def _programs(self, table: Tensor) -> int:
+        """One for each head of each piece in `table`."""
+        return self.v.shape[0] * self.v.shape[2] * len(table)
 
     @property
     def _constants(self) -> dict[str, Any]:

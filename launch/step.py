@@ -1,7 +1,9 @@
 """One optimizer step, and one held-out loss, over packed sequences."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
@@ -37,7 +39,7 @@ def train_step(run: Run, stream: PackedStream, first_sequence: int) -> StepResul
     """
     sequences = range(first_sequence, first_sequence + run.config.train.global_batch)
     own = sequences[run.groups.dp.rank() :: run.sizes.data]
-    batches = together(run.control, lambda: [_batch(run, stream, i) for i in own])
+    batches = together(run.control, partial(_batches, run, stream, own))
     before = _traffic(run)
     for stage in run.model:
         stage.zero_grad_buffer()
@@ -69,13 +71,18 @@ def held_out_loss(run: Run, stream: PackedStream) -> float:
     if len(run.model) > 1:  # stages that take turns work on as many sequences as there are ranks
         rounds = -(-rounds // run.sizes.pipeline) * run.sizes.pipeline
     own = [i * run.sizes.data + run.groups.dp.rank() for i in range(rounds)]
-    batches = together(run.control, lambda: [_batch(run, stream, i) for i in own])
-    for index, batch in zip(own, batches, strict=True):
-        if index >= sequences:
-            batch.loss_mask.zero_()
+    loss_sum, tokens = 0.0, 0.0
     for stage in run.model:
         stage.eval()
-    loss_sum, tokens = _forward(run, batches, train=False)
+    at_once = run.sizes.pipeline  # fill the stages; more would only take room
+    for first in range(0, rounds, at_once):
+        here = own[first : first + at_once]
+        batches = together(run.control, partial(_batches, run, stream, here))
+        for index, batch in zip(here, batches, strict=True):
+            if index >= sequences:
+                batch.loss_mask.zero_()
+        found = _forward(run, batches, train=False)
+        loss_sum, tokens = loss_sum + found[0], tokens + found[1]
     for stage in run.model:
         stage.train()
     loss_sum, tokens, _ = _sum_over_ranks(run, loss_sum, tokens, 0)
@@ -84,6 +91,10 @@ def held_out_loss(run: Run, stream: PackedStream) -> float:
 
 def _traffic(run: Run) -> dict[str, tuple[int, float]]:
     return {kind: (t.bytes_sent, t.seconds_waited) for kind, t in run.sequence.traffic.items()}
+
+
+def _batches(run: Run, stream: PackedStream, indices: Sequence[int]) -> list[Batch]:
+    return [_batch(run, stream, index) for index in indices]
 
 
 def _batch(run: Run, stream: PackedStream, index: int) -> Batch:

@@ -16,7 +16,6 @@ from seqpar.exchange import EXCHANGES
 from seqpar.kernels.chunked import CHUNK
 from seqpar.kernels.family import Family
 from seqpar.kernels.pieces import Late, Pieces
-from seqpar.kernels.transition import Decay, Transition
 
 
 def recurrence(
@@ -94,8 +93,9 @@ class _Call:
             sp.enter(f"backward of {self.name}", q=q, v=v)
         prepared = family.prepare(q, k, v, gates, self.scale, pieces)
         if pieces.entered or sp.exchanges:
-            A, dB = prepared.summarize_backward(do, A)
-            leaving = _scan(family, sp, pieces, A, dB, adjoints, backwards=True)
+            dB = prepared.summarize_backward(do)
+            back = family.transition.adjoint(pieces.passed(A))
+            leaving = _scan(family, sp, pieces, back, dB, adjoints, backwards=True)
         self._half = [prepared, entering, do, leaving]
 
     def finish_backward(self, wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -172,7 +172,7 @@ def _scan(
     whole_A = A.new_zeros(ranges, A.shape[0], *A.shape[2:])
     for run in pieces.backward if backwards else pieces.forward:
         if run.target is not None and run.source is not None:  # otherwise nothing passes through
-            whole_A[run.target] = _total(transition, A, run.summaries)
+            whole_A[run.target] = transition.total(A, run.summaries)
     A_bytes, B_bytes = (x[0].numel() * x.element_size() for x in (whole_A, whole_B))
     batch, heads, key, value = whole_B.shape[1:]
     work = 2 * batch * heads * CHUNK * (key + value)  # scores and their product with v
@@ -188,15 +188,6 @@ def _scan(
         return states
 
     return late
-
-
-def _total(transition: Transition, A: Tensor, order: range) -> Tensor:
-    """`transition.total`, for decays without the list of places, which would go to the GPU anew at
-    each call: a wait on the host, and impossible in a CUDA graph.
-    """
-    if isinstance(transition, Decay):
-        return A.narrow(1, min(order), len(order)).prod(1)
-    return transition.total(A, order)
 
 
 def _ready(states: Tensor) -> Late:

@@ -59,9 +59,10 @@ def dplr_trials(K: int, config: Config, split: bool) -> list[Trial]:
     """What DPLR has of its own."""
     common: dict[str, object] = {"BK": config.rows, "BV": config.columns, "C": 32, "GROUP": 1}
     kernel, trials = delta_kernels.walk_kernel, list[Trial]()
-    for summary in ("", "A", "AB"):
+    for summary in (False, True):
         more = common | {"SUMMARY": summary, "RESIDUAL": False, "KEYS": True}
-        trials.append((f"dplr_walk{summary}", kernel, config.warps, more))
+        name = "dplr_walkAB" if summary else "dplr_walk"
+        trials.append((name, kernel, config.warps, more))
     more = common | {"SUMMARY": False, "RESIDUAL": False}
     trials.append(("dplr_walk_back", delta_back_kernels.walk_back_kernel, config.warps, more))
     kernel = dplr_kernels.pairs_kernel
@@ -98,7 +99,6 @@ def main() -> None:
         }
         common |= {
             "DECAY": decay,
-            "OWN": False,
             "OPERAND": operand,
             "PRECISION": precision,
             "SPAN": 512,
@@ -108,13 +108,12 @@ def main() -> None:
         keys: dict[str, object] = {"BK": config.columns, "BV": config.rows}
         trials: list[Trial] = [("solve", delta_kernels.solve_kernel, 1, walk)]
         trials += [("keys", delta_back_kernels.keys_kernel, config.warps, keys)]
-        for summary in ("", "A", "AB"):
-            more = walk | {"SUMMARY": summary, "RESIDUAL": not summary, "KEYS": False}
-            trials += [(f"walk{summary}", delta_kernels.walk_kernel, config.warps, more)]
-        for summary in ("", "B"):
-            more = walk | {"SUMMARY": bool(summary), "RESIDUAL": not summary}
-            back = delta_back_kernels.walk_back_kernel
-            trials += [(f"walk_back{summary}", back, config.warps, more)]
+        back = delta_back_kernels.walk_back_kernel
+        for summary in (False, True):
+            more = walk | {"SUMMARY": summary, "RESIDUAL": not summary}
+            trials += [("walk_backB" if summary else "walk_back", back, config.warps, more)]
+            name, more = "walkAB" if summary else "walk", more | {"KEYS": False}
+            trials += [(name, delta_kernels.walk_kernel, config.warps, more)]
         if decay == "frames":
             config = dplr_config(K, K, dtype, 1000, torch.device("cpu"))
             trials += dplr_trials(K, config, kind == "bf16")

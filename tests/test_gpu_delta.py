@@ -4,8 +4,6 @@ The bound is twice the error of the token loop in plain PyTorch on the same inpu
 their dtype, the state in fp32.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +14,7 @@ from torch import Tensor
 
 import seqpar
 from seqpar.kernels import passes, reference
-from seqpar.kernels.choose import VARIABLE, choose_delta
+from seqpar.kernels.choose import choose_delta
 from seqpar.kernels.delta import DELTA
 from seqpar.kernels.delta_triton import TritonDelta
 from seqpar.kernels.pieces import Pieces
@@ -60,14 +58,6 @@ def inputs(decay: str, size: tuple[int, ...], nats: float) -> Inputs:
     return found
 
 
-@contextmanager
-def forced() -> Iterator[None]:
-    """Triton kernels also where they are not taken by themselves yet."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(VARIABLE, "triton")
-        yield
-
-
 def plain(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None = None) -> Tensor:
     """The token loop with products in the inputs' dtype."""
     dtype, group = v.dtype, v.shape[2] // k.shape[2]
@@ -91,15 +81,12 @@ def specification(**given: Any) -> Tensor:
     return seqpar.delta_attention(**given)  # fp64 takes the chunked PyTorch form
 
 
-def by_triton(**given: Any) -> Tensor:
-    with forced():
-        return seqpar.delta_attention(**given)
-
-
 def check(decay: str, dtype: torch.dtype, size: tuple[int, ...], nats: float) -> None:
     given = inputs(decay, size, nats)
     usual, least = USUAL[dtype], LEAST[dtype]
-    hold(by_triton, plain, specification, given, dtype, usual, least=lambda name: least)
+    hold(
+        seqpar.delta_attention, plain, specification, given, dtype, usual, least=lambda name: least
+    )
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -142,13 +129,12 @@ def test_a_chain_of_pieces_equals_the_uncut_run(decay: str, dtype: torch.dtype) 
         gates = [x.to(torch.promote_types(dtype, torch.float32)) for x in gates]
         count = len(cuts) - 1
         pieces = Pieces(list(pairwise(cuts)), [True] * count, [True] * count, [(0, count)])
-        with nullcontext() if dtype == torch.float64 else forced():
-            family = choose_delta(k.to(dtype), v, gates)
+        family = choose_delta(k.to(dtype), v, gates)
         prepared = family.prepare(q.to(dtype), k.to(dtype), v.to(dtype), gates, 0.1, pieces)
         start, end = (x.to(torch.promote_types(dtype, torch.float32)) for x in ends)
         states, adjoints = (x.repeat(1, count, 1, 1, 1) for x in (start, end))
-        forth = prepared.summarize()
-        maps = forth, prepared.summarize_backward(do.to(dtype), forth[0])
+        A, B = prepared.summarize()
+        maps = (A, B), (family.transition.adjoint(A), prepared.summarize_backward(do.to(dtype)))
         S = family.scan(*maps[0], pieces, start, states, backwards=False)
         dS = family.scan(*maps[1], pieces, end, adjoints, backwards=True)
         o = prepared.run(lambda: states)
@@ -167,12 +153,12 @@ def test_a_chain_of_pieces_equals_the_uncut_run(decay: str, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("decay", WIDTHS)
 def test_packed_documents_are_apart(decay: str) -> None:
-    given = inputs(decay, (700, 2, 2, 128, 128), 0.3)
+    given = inputs(decay, (700, 16, 2, 128, 128), 0.3)  # many heads, for one token is a document
     do = torch.randn_like(given["v"]).round()
     cuts = [0, 1, 64, 200, 263, 700]
     layout = seqpar.Layout(700, 1, cu_seqlens=cuts)
     sp = seqpar.SequenceParallel(layout=layout, segment_tokens=128)
-    found = differentiate(lambda **x: by_triton(**x, sp=sp), given, torch.bfloat16, do)
+    found = differentiate(lambda **x: seqpar.delta_attention(**x, sp=sp), given, torch.bfloat16, do)
     for start, stop in pairwise(cuts):
         here = {name: x[:, start:stop] for name, x in given.items()}
         right = differentiate(seqpar.delta_attention, here, torch.float64, do[:, start:stop])
@@ -188,7 +174,5 @@ def test_64k_tokens_equal_the_chunked_form_in_fp64(decay: str) -> None:
 
 def test_which_kernels_run() -> None:
     x = torch.zeros(1, 4, 1, 16, device=DEVICE, dtype=torch.bfloat16)
-    assert choose_delta(x, x, [x]) is DELTA  # until these tests have passed
+    assert isinstance(choose_delta(x, x, [x]), TritonDelta)
     assert choose_delta(x.double(), x.double(), [x]) is DELTA
-    with forced():
-        assert isinstance(choose_delta(x, x, [x]), TritonDelta)

@@ -68,7 +68,7 @@ def test_the_four_functions_equal_the_token_loop(name: str, tokens: int) -> None
         assert_close("o", prepared.run(lambda: entering), o, 1e-10)
         A, B = prepared.summarize()
         assert_close("state", family.transition.apply(A, entering) + B, leaving[:, None], 1e-10)
-        back, pulled = prepared.summarize_backward(do, A)
+        back, pulled = family.transition.adjoint(A), prepared.summarize_backward(do)
         dS = family.transition.apply(back, d_leaving[:, None]) + pulled
         assert_close("dS", dS, expected[-1], 1e-10)
         gradients = prepared.run_backward(entering, do, lambda: d_leaving[:, None], wanted)

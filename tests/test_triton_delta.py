@@ -138,8 +138,9 @@ def test_what_triton_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     assert type(choose_delta(wide, wide, [])).__name__ == "Chunked"
 
 
-def test_the_kernels_compile_without_a_gpu() -> None:
-    script = Path(__file__).with_name("delta_compiles.py")
+@pytest.mark.parametrize("name", ["delta_compiles.py", "hopper_delta_compiles.py"])
+def test_the_kernels_compile_without_a_gpu(name: str) -> None:
+    script = Path(__file__).with_name(name)
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(script.parents[1])}
     done = subprocess.run(
         [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300

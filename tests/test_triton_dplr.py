@@ -122,7 +122,7 @@ def test_slices_of_a_packed_projection_need_no_copies() -> None:
     assert_close("gradient", gradient, expected, 1e-5)
 
 
-def test_only_the_variable_chooses_them(
+def test_which_kernels_are_chosen(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     wide, x = torch.zeros(1, 4, 1, 300), torch.zeros(1, 4, 1, 16)
@@ -131,8 +131,9 @@ def test_only_the_variable_chooses_them(
     with pytest.raises(ValueError, match="float64"):
         choose_dplr(x.double(), x.double())
     monkeypatch.delenv("SEQPAR_KERNELS")
+    assert type(choose_dplr(x, x)).__name__ == "Chunked"
     monkeypatch.setattr(choose, "_against_triton", lambda *arguments: None)  # as on a GPU
     choose._say.cache_clear()
     with caplog.at_level(logging.INFO, "seqpar.kernels.choose"):
-        assert type(choose_dplr(x, x)).__name__ == "Chunked"
-    assert "DPLR by PyTorch kernels: not yet proven on a GPU" in caplog.text
+        assert type(choose_dplr(x, x)).__name__ == "TritonDPLR"
+    assert "DPLR by Triton kernels" in caplog.text

@@ -18,10 +18,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from seqpar.kernels.hopper_parts import (
     barrier,
+    bring,
     clear,
     column,
     entry_of,
     exp2,
+    frames_of,
     low,
     rounded,
     write_decays,
@@ -98,9 +100,9 @@ def keys_hopper_kernel(
     count = (length + C - 1) // C
     if FRAMED:
         first_chunk = gl.load(row + 7).to(gl.int64)
-        count = gl.load(counts + of_head * pieces + piece)
-        steps += (of_head * chunks + first_chunk) * (C // 8)
-        halves += ((batch.to(gl.int64) * chunks + first_chunk) * (C // 8) * HEADS + head) * DK
+        lists = steps, counts, halves
+        place_of = batch, head, piece, pieces, first_chunk, chunks
+        count, steps, halves = frames_of(*lists, *place_of, HEADS, DK, C)
 
     # [DK, DV], [DK, C], [C, C]
     STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, DV, 16])
@@ -167,16 +169,15 @@ def keys_hopper_kernel(
     V_BYTES: gl.constexpr = u.block_type.nbytes * 3
     BYTES: gl.constexpr = V_BYTES + plus.block_type.nbytes * 2
 
+    sources = (u, do, dx, q, plus)
+    columns = (uc, oc, uc, qc, kc)
+    tiles = (u_tiles, do_tiles, dx_tiles, q_tiles, plus_tiles)
     gl.static_assert(STAGES == 2)
     for i in gl.static_range(STAGES):
         if i < count:
             at = origin + entry_of(steps, i, count, C, FRAMED, True) // 4 * 8
             mbarrier.expect(ready.index(i), BYTES)
-            tma.async_copy_global_to_shared(u, [at, uc], ready.index(i), u_tiles.index(i))
-            tma.async_copy_global_to_shared(do, [at, oc], ready.index(i), do_tiles.index(i))
-            tma.async_copy_global_to_shared(dx, [at, uc], ready.index(i), dx_tiles.index(i))
-            tma.async_copy_global_to_shared(q, [at, qc], ready.index(i), q_tiles.index(i))
-            tma.async_copy_global_to_shared(plus, [at, kc], ready.index(i), plus_tiles.index(i))
+            bring(sources, columns, tiles, at, i, ready)
 
     entry = entry_of(steps, 0, count, C, FRAMED, True)
     coming = entry_of(steps, 1, count, C, FRAMED, True)
@@ -256,8 +257,6 @@ def keys_hopper_kernel(
             sum_j = lines.index(3 * even).load(gl.SliceLayout(0, SCORES))
             of_o = of_o * exp2((sum_i + log_scale)[:, None] - sum_j[None, :])
             of_x = of_x * exp2(sum_i[:, None] - sum_j[None, :])
-        else:
-            of_o = of_o * scale
         of_o = gl.where(j_index[None, :] <= i_index[:, None], -of_o, 0.0)
         of_x = gl.where(j_index[None, :] < i_index[:, None], of_x, 0.0)
         score_tiles.index(0).store(rounded(of_o))
@@ -274,7 +273,14 @@ def keys_hopper_kernel(
         if SCALAR:
             mixed = mixed * lines.index(3 * even + 2).load(gl.SliceLayout(0, MIXED))[None, :]
         of_q, of_k = score_tiles.index(0), score_tiles.index(1)
-        mixed = warpgroup_mma(q_tile.permute((1, 0)), of_q, mixed, is_async=True)
+        if SCALAR:
+            mixed = warpgroup_mma(q_tile.permute((1, 0)), of_q, mixed, is_async=True)
+        else:  # the scale comes after rounding, as in the pass of dq
+            by_q = warpgroup_mma(
+                q_tile.permute((1, 0)), of_q, nothing, use_acc=False, is_async=True
+            )
+            by_q = warpgroup_mma_wait(0, deps=[by_q])
+            mixed = mixed + scale * by_q
         mixed = warpgroup_mma(plus_tile.permute((1, 0)), of_k, mixed, is_async=True)
         if SCALAR:
             enters = lines.index(3 * even + 1).load(gl.SliceLayout(0, WRITING))[None, :]
@@ -336,17 +342,7 @@ def keys_hopper_kernel(
         if step + STAGES < count:
             row_at = origin + wanted // 4 * 8
             mbarrier.expect(ready.index(ring), BYTES)
-            tma.async_copy_global_to_shared(u, [row_at, uc], ready.index(ring), u_tiles.index(ring))
-            tma.async_copy_global_to_shared(
-                do, [row_at, oc], ready.index(ring), do_tiles.index(ring)
-            )
-            tma.async_copy_global_to_shared(
-                dx, [row_at, uc], ready.index(ring), dx_tiles.index(ring)
-            )
-            tma.async_copy_global_to_shared(q, [row_at, qc], ready.index(ring), q_tiles.index(ring))
-            tma.async_copy_global_to_shared(
-                plus, [row_at, kc], ready.index(ring), plus_tiles.index(ring)
-            )
+            bring(sources, columns, tiles, row_at, ring, ready)
         if SCALAR:
             whole = coming_whole
         entry = coming

@@ -21,40 +21,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
 )
 
-from seqpar.kernels.hopper_columns import walk_columns
-from seqpar.kernels.hopper_parts import barrier, column, entry_of, exp2, write_decays
+from seqpar.kernels.hopper_parts import (
+    barrier,
+    column,
+    entry_of,
+    exp2,
+    frames_of,
+    low,
+    rounded,
+    write_decays,
+)
 
 
 @gluon.jit
 def _bring(
-    w,
-    minus,
-    v,
-    solved,
-    w_tiles,
-    minus_tiles,
-    v_tiles,
-    solved_tiles,
-    lines,
-    half_lines,
-    ready,
-    free,
-    beta,
-    gate,
-    halves,
-    steps,
-    bt,
-    gt,
-    row,
-    solved_row,
-    wc,
-    kc,
-    vc,
-    length,
-    count,
-    valued,
+    ring,
+    where,
+    inputs,
     HEADS: gl.constexpr,
     DK: gl.constexpr,
     C: gl.constexpr,
@@ -63,6 +50,9 @@ def _bring(
     STAGES: gl.constexpr,
 ):
     """Fill the ring, step by step: tiles, and lines of β and of `write_decays`."""
+    w_tiles, minus_tiles, v_tiles, solved_tiles, lines, half_lines, ready, free = ring
+    steps, row, length, count, valued = where
+    w, minus, v, solved, beta, gate, halves, bt, gt, solved_row, wc, kc, vc = inputs
     FRAMED: gl.constexpr = DECAY == "frames"
     LINE: gl.constexpr = gl.BlockedLayout([C // 32], [32], [4], [0])
     CHANNELS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -104,6 +94,131 @@ def _bring(
         tma.async_copy_global_to_shared(
             solved, [solved_row + here, 0], bar, solved_tiles.index(slot)
         )
+
+
+@gluon.jit
+def _columns(
+    ring,
+    where,
+    outputs,
+    PART: gl.constexpr,
+    PARTS: gl.constexpr,
+    HEADS: gl.constexpr,
+    DK: gl.constexpr,
+    DV: gl.constexpr,
+    C: gl.constexpr,
+    DECAY: gl.constexpr,
+    SUMMARY: gl.constexpr,
+    RESIDUAL: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """A warpgroup's 64 columns of the state, through all steps."""
+    w_tiles, minus_tiles, v_tiles, solved_tiles, lines, half_lines, ready, free = ring
+    steps, row, length, count, valued = where
+    (
+        u,
+        r,
+        u_pointer,
+        r_pointer,
+        u_tiles,
+        r_tiles,
+        entering,
+        enters,
+        summary,
+        uc,
+        first_column,
+        width,
+    ) = outputs
+    FRAMED: gl.constexpr = DECAY == "frames"
+    SCALAR: gl.constexpr = DECAY == "scalar"
+    # [64, DK] and [64, C]
+    STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK, 16])
+    MIXED: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
+    READING: gl.constexpr = gl.DotOperandLayout(0, MIXED, 2)
+    WRITING: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
+    col = first_column + 64 * PART + gl.arange(0, 64, gl.SliceLayout(1, STATE))
+    channel = gl.arange(0, DK, gl.SliceLayout(0, STATE))
+    state = gl.zeros([64, DK], gl.float32, STATE)
+    if SUMMARY:
+        if not valued:
+            state = gl.where(col[:, None] == channel[None, :], 1.0, state)
+    else:
+        if enters:
+            state = gl.load(entering + col[:, None] + channel[None, :] * DV)
+
+    coming = entry_of(steps, 0, count, C, FRAMED, False)
+    for step in range(count):
+        slot = step % STAGES
+        even = step % 2
+        entry = coming
+        coming = entry_of(steps, step + 1, count, C, FRAMED, False)
+        here = entry // 4 * 8
+        size = gl.minimum(C >> entry % 4, length - here)
+        w_tile = w_tiles.index(slot).permute((1, 0))
+        mbarrier.wait(ready.index(slot), step // STAGES & 1)
+        rate = lines.index(4 * slot).load(gl.SliceLayout(0, MIXED))[None, :]
+        residual = v_tiles.index(PARTS * slot + PART).permute((1, 0)).load(MIXED).to(gl.float32)
+        if SUMMARY:
+            residual = gl.where(valued, residual, 0.0)
+        rated = gl.convert_layout(rounded(-rate * residual), READING)
+        solved_tile = solved_tiles.index(slot).permute((1, 0))
+        residual = warpgroup_mma(rated, solved_tile, residual, is_async=True)
+        if FRAMED:
+            half = half_lines.index(slot).load(gl.SliceLayout(0, STATE))
+            state = state * half[None, :]
+        high = rounded(-state)
+        read = gl.convert_layout(high, READING)
+        residual = warpgroup_mma(read, w_tile, residual, is_async=True)
+        if SUMMARY:
+            read_low = gl.convert_layout(low(-state, high), READING)
+            residual = warpgroup_mma(read_low, w_tile, residual, is_async=True)
+        residual = warpgroup_mma_wait(0, deps=[residual])
+        write = rate * residual
+        if not SUMMARY:
+            final = rounded(write)
+            write = final.to(gl.float32)
+        if SCALAR:
+            write = write * lines.index(4 * slot + 3).load(gl.SliceLayout(0, MIXED))[None, :]
+            state = state * half_lines.index(slot).load(gl.SliceLayout(0, STATE))[None, :]
+        high = rounded(write)
+        minus_tile = minus_tiles.index(slot)
+        state = warpgroup_mma(gl.convert_layout(high, WRITING), minus_tile, state, is_async=True)
+        if SUMMARY or SCALAR:
+            write_low = gl.convert_layout(low(write, high), WRITING)
+            state = warpgroup_mma(write_low, minus_tile, state, is_async=True)
+
+        if not SUMMARY:
+            if size < C:
+                at_z = first_column + 64 * PART + gl.arange(0, 64, gl.SliceLayout(1, MIXED))
+                at_i = gl.arange(0, C, gl.SliceLayout(0, MIXED))
+                out = (row + here + at_i).to(gl.int64)[None, :] * (HEADS * DV) + uc
+                out += at_z[:, None]
+                inside = (at_i < size)[None, :] & (at_z >= 0)[:, None]
+                gl.store(u_pointer + out, final, mask=inside)
+                if RESIDUAL:
+                    gl.store(r_pointer + out, rounded(residual), mask=inside)
+            else:
+                u_tiles.index(2 * PART + even).permute((1, 0)).store(final)
+                if RESIDUAL:
+                    r_tiles.index(2 * PART + even).permute((1, 0)).store(rounded(residual))
+            fence_async_shared()
+            tma.store_wait(0)  # of the step before: its tile is written to in the next one
+        state = warpgroup_mma_wait(0, deps=[state])
+        if FRAMED:
+            half = half_lines.index(slot).load(gl.SliceLayout(0, STATE))
+            state = state * half[None, :]
+        barrier()
+        mbarrier.arrive(free.index(slot), count=1)
+        if not SUMMARY and size == C:
+            at = [row + here, uc + first_column + 64 * PART]
+            tma.async_copy_shared_to_global(u, at, u_tiles.index(2 * PART + even))
+            if RESIDUAL:
+                tma.async_copy_shared_to_global(r, at, r_tiles.index(2 * PART + even))
+
+    if SUMMARY:
+        gl.store(summary + col[:, None] + channel[None, :] * width, state)
+    else:
+        tma.store_wait(0)
 
 
 NUMBERS = ["batches", "tokens", "pieces", "chunks", "slots", "kh", "vh", "bb", "bt", "bh"]
@@ -170,7 +285,6 @@ def walk_hopper_kernel(
     head = pid // BLOCKS % HEADS
     batch = pid // (BLOCKS * HEADS) % batches
     place = pid // (BLOCKS * HEADS) // batches
-    of_head = batch.to(gl.int64) * HEADS + head
     valued = block < OF_B
     first_column = block * (64 * PARTS)
     width = DV
@@ -199,9 +313,9 @@ def walk_hopper_kernel(
     length = gl.load(line + 1)
     count = (length + C - 1) // C
     if FRAMED:
-        count = gl.load(counts + of_head * pieces + piece)
-        steps += (of_head * chunks + first_chunk) * (C // 8)
-        halves += ((batch.to(gl.int64) * chunks + first_chunk) * (C // 8) * HEADS + head) * DK
+        lists = steps, counts, halves
+        place_of = batch, head, piece, pieces, first_chunk, chunks
+        count, steps, halves = frames_of(*lists, *place_of, HEADS, DK, C)
     row = batch * tokens + start
     solved_row = (batch * HEADS + head) * tokens + start
     beta += batch.to(gl.int64) * bb + head * bh + start.to(gl.int64) * bt
@@ -232,74 +346,33 @@ def walk_hopper_kernel(
         mbarrier.init(free.index(i), count=PARTS)
     fence_async_shared()
     barrier()
+    ring = (w_tiles, minus_tiles, v_tiles, solved_tiles, lines, half_lines, ready, free)
+    where = (steps, row, length, count, valued)
+    inputs = (w, minus, v, solved, beta, gate, halves, bt, gt, solved_row, wc, kc, vc)
+    outputs = (
+        u,
+        r,
+        u_pointer,
+        r_pointer,
+        u_tiles,
+        r_tiles,
+        entering,
+        enters,
+        summary,
+        uc,
+        first_column,
+        width,
+    )
     if PARTS == 2:
         gl.warp_specialize(
             [
+                (_bring, (ring, where, inputs, HEADS, DK, C, DECAY, PARTS, STAGES)),
                 (
-                    _bring,
+                    _columns,
                     (
-                        w,
-                        minus,
-                        v,
-                        solved,
-                        w_tiles,
-                        minus_tiles,
-                        v_tiles,
-                        solved_tiles,
-                        lines,
-                        half_lines,
-                        ready,
-                        free,
-                        beta,
-                        gate,
-                        halves,
-                        steps,
-                        bt,
-                        gt,
-                        row,
-                        solved_row,
-                        wc,
-                        kc,
-                        vc,
-                        length,
-                        count,
-                        valued,
-                        HEADS,
-                        DK,
-                        C,
-                        DECAY,
-                        PARTS,
-                        STAGES,
-                    ),
-                ),
-                (
-                    walk_columns,
-                    (
-                        u,
-                        r,
-                        u_pointer,
-                        r_pointer,
-                        entering,
-                        enters,
-                        summary,
-                        w_tiles,
-                        minus_tiles,
-                        v_tiles,
-                        solved_tiles,
-                        u_tiles,
-                        r_tiles,
-                        lines,
-                        half_lines,
-                        ready,
-                        free,
-                        steps,
-                        row,
-                        uc,
-                        first_column,
-                        length,
-                        count,
-                        valued,
-                        width,
+                        ring,
+                        where,
+                        outputs,
                         0,
                         PARTS,
                         HEADS,
@@ -313,33 +386,11 @@ def walk_hopper_kernel(
                     ),
                 ),
                 (
-                    walk_columns,
+                    _columns,
                     (
-                        u,
-                        r,
-                        u_pointer,
-                        r_pointer,
-                        entering,
-                        enters,
-                        summary,
-                        w_tiles,
-                        minus_tiles,
-                        v_tiles,
-                        solved_tiles,
-                        u_tiles,
-                        r_tiles,
-                        lines,
-                        half_lines,
-                        ready,
-                        free,
-                        steps,
-                        row,
-                        uc,
-                        first_column,
-                        length,
-                        count,
-                        valued,
-                        width,
+                        ring,
+                        where,
+                        outputs,
                         1,
                         PARTS,
                         HEADS,
@@ -359,71 +410,13 @@ def walk_hopper_kernel(
     else:
         gl.warp_specialize(
             [
+                (_bring, (ring, where, inputs, HEADS, DK, C, DECAY, PARTS, STAGES)),
                 (
-                    _bring,
+                    _columns,
                     (
-                        w,
-                        minus,
-                        v,
-                        solved,
-                        w_tiles,
-                        minus_tiles,
-                        v_tiles,
-                        solved_tiles,
-                        lines,
-                        half_lines,
-                        ready,
-                        free,
-                        beta,
-                        gate,
-                        halves,
-                        steps,
-                        bt,
-                        gt,
-                        row,
-                        solved_row,
-                        wc,
-                        kc,
-                        vc,
-                        length,
-                        count,
-                        valued,
-                        HEADS,
-                        DK,
-                        C,
-                        DECAY,
-                        PARTS,
-                        STAGES,
-                    ),
-                ),
-                (
-                    walk_columns,
-                    (
-                        u,
-                        r,
-                        u_pointer,
-                        r_pointer,
-                        entering,
-                        enters,
-                        summary,
-                        w_tiles,
-                        minus_tiles,
-                        v_tiles,
-                        solved_tiles,
-                        u_tiles,
-                        r_tiles,
-                        lines,
-                        half_lines,
-                        ready,
-                        free,
-                        steps,
-                        row,
-                        uc,
-                        first_column,
-                        length,
-                        count,
-                        valued,
-                        width,
+                        ring,
+                        where,
+                        outputs,
                         0,
                         PARTS,
                         HEADS,

@@ -1,7 +1,8 @@
 """The delta rule's walk back (delta_back_kernels.py) for Hopper, in Gluon.
 
 A step is a chunk of at most 64 tokens, with T of 64. The state is held transposed, [V, K]; each
-warpgroup has 64 of its rows. What is rounded once and what in two parts: see hopper_walk.py.
+warpgroup has 64 of its rows. hopper_walk_kernels.py says what is rounded once and what is taken
+in two parts.
 """
 
 from triton.experimental import gluon
@@ -16,10 +17,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from seqpar.kernels.hopper_parts import (
     barrier,
+    bring,
     clear,
     column,
     entry_of,
     exp2,
+    frames_of,
     low,
     rounded,
     write_decays,
@@ -101,9 +104,9 @@ def walk_back_hopper_kernel(
     length = gl.load(row + 1)
     count = (length + C - 1) // C
     if FRAMED:
-        count = gl.load(counts + of_head * pieces + piece)
-        steps += (of_head * chunks + first_chunk) * (C // 8)
-        halves += ((batch.to(gl.int64) * chunks + first_chunk) * (C // 8) * HEADS + head) * DK
+        lists = steps, counts, halves
+        place_of = batch, head, piece, pieces, first_chunk, chunks
+        count, steps, halves = frames_of(*lists, *place_of, HEADS, DK, C)
 
     # [DV, DK], [DV, C], [C, C]
     STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, DK, 16])
@@ -167,28 +170,23 @@ def walk_back_hopper_kernel(
     V_BYTES: gl.constexpr = do.block_type.nbytes * (1 if SUMMARY else 2)
     BYTES: gl.constexpr = K_BYTES + V_BYTES + solved.block_type.nbytes
 
+    sources = (q, plus, do)
+    columns = (qc, kc, oc)
+    tiles = (q_tiles, plus_tiles, do_tiles)
+    if FRAMED:
+        sources = sources + (minus,)
+        columns = columns + (kc,)
+        tiles = tiles + (minus_tiles,)
+    if not SUMMARY:
+        sources = sources + (r,)
+        columns = columns + (xc,)
+        tiles = tiles + (r_tiles,)
     for i in gl.static_range(STAGES):
         if i < count:
             at = entry_of(steps, i, count, C, FRAMED, True) // 4 * 8
             mbarrier.expect(ready.index(i), BYTES)
-            tma.async_copy_global_to_shared(q, [origin + at, qc], ready.index(i), q_tiles.index(i))
-            tma.async_copy_global_to_shared(
-                plus, [origin + at, kc], ready.index(i), plus_tiles.index(i)
-            )
-            if FRAMED:
-                tma.async_copy_global_to_shared(
-                    minus, [origin + at, kc], ready.index(i), minus_tiles.index(i)
-                )
-            tma.async_copy_global_to_shared(
-                do, [origin + at, oc], ready.index(i), do_tiles.index(i)
-            )
-            tma.async_copy_global_to_shared(
-                solved, [solved_origin + at, 0], ready.index(i), solved_tiles.index(i)
-            )
-            if not SUMMARY:
-                tma.async_copy_global_to_shared(
-                    r, [origin + at, xc], ready.index(i), r_tiles.index(i)
-                )
+            bring(sources, columns, tiles, origin + at, i, ready)
+            bring((solved,), (0,), (solved_tiles,), solved_origin + at, i, ready)
 
     gl.static_assert(STAGES == 2)
     entry = entry_of(steps, 0, count, C, FRAMED, True)
@@ -252,7 +250,8 @@ def walk_back_hopper_kernel(
             scores = scores * exp2(sum_i[:, None] - sum_j[None, :])
         else:
             scores = scores * scale
-        score_tile.store(rounded(gl.where(allowed, scores, 0.0)))
+        here_only = allowed & (i_index < size)[:, None]  # what lies beyond may overflow
+        score_tile.store(rounded(gl.where(here_only, scores, 0.0)))
         fence_async_shared()
         if not SUMMARY:
             tma.store_wait(0)  # of the step before, whose tile is written to below
@@ -329,26 +328,8 @@ def walk_back_hopper_kernel(
         if step + STAGES < count:
             at = wanted // 4 * 8
             mbarrier.expect(ready.index(ring), BYTES)
-            tma.async_copy_global_to_shared(
-                q, [origin + at, qc], ready.index(ring), q_tiles.index(ring)
-            )
-            tma.async_copy_global_to_shared(
-                plus, [origin + at, kc], ready.index(ring), plus_tiles.index(ring)
-            )
-            if FRAMED:
-                tma.async_copy_global_to_shared(
-                    minus, [origin + at, kc], ready.index(ring), minus_tiles.index(ring)
-                )
-            tma.async_copy_global_to_shared(
-                do, [origin + at, oc], ready.index(ring), do_tiles.index(ring)
-            )
-            tma.async_copy_global_to_shared(
-                solved, [solved_origin + at, 0], ready.index(ring), solved_tiles.index(ring)
-            )
-            if not SUMMARY:
-                tma.async_copy_global_to_shared(
-                    r, [origin + at, xc], ready.index(ring), r_tiles.index(ring)
-                )
+            bring(sources, columns, tiles, origin + at, ring, ready)
+            bring((solved,), (0,), (solved_tiles,), solved_origin + at, ring, ready)
         if SCALAR:
             whole = coming_whole
         entry = coming
