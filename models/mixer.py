@@ -6,6 +6,7 @@ parallelism cuts the hidden states once more between the projections).
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -134,8 +135,10 @@ class SequenceMixer(MegatronModule, ABC):
         recomputes = self.recomputes and self.training
         # Two products cost tensor-parallel ranks two reductions, and would be recomputed.
         apart = params.sp.exchanges and self.tp_group.size() == 1 and not recomputes
-        if apart and self.head_widths[1]:
-            y = self.mix(*self._project_apart(hidden_states), hidden_states, params)
+        if apart and self.head_widths[1] and isinstance(self.in_proj, _Linear):
+            early, late = self.in_proj(hidden_states, self.head_widths)
+            x = self._by_head(early)
+            y = self.mix(x, lambda: self._by_head(late()), hidden_states, params)
         else:
             x = self._project(hidden_states)
 
@@ -155,13 +158,6 @@ class SequenceMixer(MegatronModule, ABC):
             heads = self.tp_group.size() // self.share
             projected = whole.chunk(heads, -1)[self.tp_group.rank() // self.share]
         return self._by_head(projected)
-
-    def _project_apart(self, hidden_states: Tensor) -> tuple[Tensor, Late]:
-        """What `mix` takes, each part projected by itself; only without tensor parallelism."""
-        by_head = self.in_proj.weight.unflatten(0, (self.heads, -1))
-        weight, late_weight = by_head.split(self.head_widths, 1)
-        x, again = _Project.apply(hidden_states, weight.flatten(0, 1))
-        return self._by_head(x), lambda: self._by_head(F.linear(again, late_weight.flatten(0, 1)))
 
     def _by_head(self, x: Tensor) -> Tensor:
         return x.transpose(0, 1).unflatten(-1, (self.heads, -1))
@@ -189,7 +185,7 @@ class SequenceMixer(MegatronModule, ABC):
 
     def column_linear(self, in_size: int, out_size: int, bias: bool = False) -> Any:
         """A Megatron linear layer whose output is cut over the tensor-parallel ranks."""
-        return ColumnParallelLinear(
+        return _Linear(
             in_size,
             out_size,
             config=self.config,
@@ -217,6 +213,23 @@ class SequenceMixer(MegatronModule, ABC):
                     f"{name} is given, {type(self).__name__} cannot use it: it attends causally "
                     "within the documents of its layout, in training; pass None"
                 )
+
+
+class _Linear(ColumnParallelLinear):
+    """Megatron's, which can also give what it has for each head in two products.
+
+    Both by a call of the module, for hooks hang on it: Megatron's wait there for parameters that
+    are gathered during the forward pass.
+    """
+
+    def forward(self, x: Tensor, head_widths: Sequence[int] | None = None) -> tuple[Tensor, Any]:
+        """head_widths: how many numbers of a head come now, and from the function returned."""
+        if head_widths is None:
+            return super().forward(x)
+        by_head = self.weight.unflatten(0, (-1, sum(head_widths)))
+        early, late = by_head.split(head_widths, 1)
+        y, again = _Project.apply(x, early.flatten(0, 1))
+        return y, lambda: F.linear(again, late.flatten(0, 1))
 
 
 class _Project(torch.autograd.Function):

@@ -38,12 +38,10 @@ def recurrence(
     """
     call = _Call(name, family, sp or alone(q.shape[1]), scale)
     with torch.cuda.device_of(q):  # where Triton launches; nothing on a CPU
-        start = _Start.apply(call, q, k, v, *gates) if call.sp.exchanges else None
+        start = _Start.apply(call, q, k, v, *gates)
 
     def finish() -> Tensor:
         with torch.cuda.device_of(q):
-            if start is None:  # nothing travels
-                return _Whole.apply(call, q, k, v, *gates)
             return _Finish.apply(call, start)
 
     return finish
@@ -103,20 +101,6 @@ class _Call:
         prepared, *rest = self._half
         self._half = []
         return [None, *prepared.run_backward(*rest, wanted[4:])]
-
-
-class _Whole(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, call: _Call, *inputs: Tensor) -> Tensor:
-        ctx.call = call
-        call.start(*inputs)
-        return call.finish(ctx)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.call.start_backward(ctx, do)
-        return tuple(ctx.call.finish_backward(ctx.needs_input_grad))
 
 
 class _Start(torch.autograd.Function):

@@ -83,6 +83,7 @@ def order(rank: int, spec: ModuleSpec) -> tuple[list[str], list[str]]:
     }
     notes: list[str] = []
     EXCHANGES.update({name: noted(notes, start) for name, start in EXCHANGES.items()})
+    module.in_proj.register_forward_pre_hook(lambda *_: notes.append("hook"))
     with Products(notes, names):
         out, _ = module(x, packed_seq_params=SequenceParallelParams(sp))
         forward = list(notes)
@@ -94,7 +95,7 @@ def order(rank: int, spec: ModuleSpec) -> tuple[list[str], list[str]]:
 @pytest.mark.parametrize("name", SPECS)
 def test_gate_is_projected_while_states_travel_and_its_gradient_while_theirs_do(name: str) -> None:
     for forward, backward in run_ranks(order, 2, SPECS[name]):
-        assert forward == ["start", "gate", "wait"]
+        assert forward == ["hook", "start", "gate", "wait"]
         assert backward == ["start", "gate's weight", "wait", "other weights"]
 
 
