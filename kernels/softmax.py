@@ -28,7 +28,7 @@ def uses_cudnn(q: Tensor, whole: bool) -> bool:
     against = _against_cudnn(q.device, q.shape[-1])
     if not torch.backends.cuda.cudnn_sdp_enabled():
         against = "switched off by torch.backends.cuda.enable_cudnn_sdp"
-    elif torch.are_deterministic_algorithms_enabled():
+    elif torch.get_deterministic_debug_mode() == 2:  # an error; 1 only warns
         against = "it is not deterministic"
     elif not whole:
         against = "documents make blocks of ever new shapes"
