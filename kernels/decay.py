@@ -186,7 +186,8 @@ class _Prepared:
 
         def make() -> Launch:
             chunks = passes.frames.levels.shape[1] if passes.frames else 0
-            config = fold_config(DY, DZ, z.dtype)
+            hopper = passes.hopper and passes.frames is None
+            config = fold_config(DY, DZ, z.dtype, hopper)
             blocks = ceil_div(DY, config.rows) * ceil_div(DZ, config.columns)
             operand, precision = products(z.dtype)
             return Launch(

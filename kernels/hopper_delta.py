@@ -1,6 +1,6 @@
 """The (gated) delta rule on Hopper, by kernels of its own, launched.
 
-The flow is that of delta_triton.py, in steps of 64 tokens. Those are the chunks of the passes, so
+The flow is that of walks.py, in steps of 64 tokens. Those are the chunks of the passes, so
 rounded scores are the same in all of them.
 """
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from seqpar.kernels import tables
-from seqpar.kernels.delta_triton import DeltaPrepared
 from seqpar.kernels.hopper import CHUNK, tiles
 from seqpar.kernels.hopper_keys_kernels import keys_hopper_kernel
 from seqpar.kernels.hopper_scan_kernels import COLUMNS, scan_hopper_kernel
@@ -21,6 +20,7 @@ from seqpar.kernels.hopper_walk_kernels import walk_hopper_kernel
 from seqpar.kernels.launch import Launch, plan
 from seqpar.kernels.passes import Traces, traced
 from seqpar.kernels.pieces import Pieces
+from seqpar.kernels.walks import DeltaPrepared
 
 # a thread, of the warpgroups that walk; the one that brings their tiles needs few
 REGISTERS = 232

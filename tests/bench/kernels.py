@@ -243,7 +243,9 @@ def fla_delta() -> dict[str, Chunked]:
         "delta": lambda q, k, v, beta: chunk_delta_rule(q, k, v, beta.to(q.dtype)),
         "gated delta": lambda q, k, v, beta, g: chunk_gated_delta_rule(q, k, v, g=g, beta=beta),
         "kda": lambda q, k, v, beta, g: chunk_kda(q, k, v, g=g, beta=beta),
-        "rwkv7": lambda q, k, v, a, b, g: chunk_rwkv7(q, g, k, v, a, b, scale=DIM**-0.5),
+        "rwkv7": lambda q, k, v, a, b, g: chunk_rwkv7(
+            q, g, k, v, a, b, scale=DIM**-0.5, safe_gate=True
+        ),
     }
 
 
