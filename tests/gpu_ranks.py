@@ -47,6 +47,7 @@ def run_on_gpus(
                 "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), *filter(None, found)]),
                 "LOCAL_RANK": str(rank),
                 "LOCAL_WORLD_SIZE": str(size),
+                "PYTHONUNBUFFERED": "1",  # what a rank said before it was killed
                 "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",  # takes its time
             }
             words = [module, function, str(rank), str(size), f"{folder}/store", str(group_timeout)]

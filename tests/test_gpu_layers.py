@@ -248,6 +248,6 @@ def mixers(rank: int, size: int) -> None:
 def test_two_gpus_are_as_exact_as_one(what: str) -> None:
     if what == "mixers":
         pytest.importorskip("megatron.core", reason="needs megatron-core")
-    for ended in run_on_gpus(HERE, what, size=2):
+    for ended in run_on_gpus(HERE, what, size=2, timeout=500):  # most of it compiles kernels
         print(ended.output)
         assert ended.code == 0, ended.output[-3000:]

@@ -99,7 +99,9 @@ class Layers:
         layout = Layout(size * tokens, size, kind)
         if size == 1:
             return SequenceParallel(layout=layout, comm=Communicator(), links=Links((0,)))
-        return SequenceParallel(layout=layout, comm=self.comm, links=self.links)
+        return SequenceParallel(
+            layout=layout, exchange=self.args.exchange, comm=self.comm, links=self.links
+        )
 
     def row(self, name: str, tokens: int) -> None:
         size = self.comm.size
@@ -308,6 +310,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pattern", default="LLLN", help="repeated up to the number of layers")
     parser.add_argument("--mixer", default="gla", help="what L is: gla or gated_deltanet")
     parser.add_argument("--vocabulary", type=int, default=32000 if CUDA else 64)
+    parser.add_argument("--exchange", default="auto", help="of states")
     parser.add_argument("--repeats", type=int, default=10 if CUDA else 3)
     parser.add_argument("--only", nargs="+", help="cases whose names hold one of these")
     parser.add_argument("--out", type=Path, help="folder for layer.csv, layer.png and traces")
