@@ -94,4 +94,6 @@ class _Prepared:
 
 def _second(x: Tensor) -> Tensor:
     """x [B, T, H, D] as the second of every two tokens, of which the first are 0."""
-    return torch.stack((x.new_zeros(1).expand_as(x), x), 2).flatten(1, 2)
+    pairs = x.new_zeros(*x.shape[:2], 2, *x.shape[2:])
+    pairs[:, :, 1] = x
+    return pairs.flatten(1, 2)
