@@ -89,7 +89,7 @@ class HopperDelta(DeltaPrepared):
         *,
         summary: bool = False,
     ) -> None:
-        T, _ = self.solved
+        T = self.solved[0]
 
         def make() -> Callable[..., None]:
             strides = (x.stride(2) for x in (self.q, self.plus, do))
@@ -119,8 +119,9 @@ class HopperDelta(DeltaPrepared):
         adjoints: Tensor,
         traces: Traces | None,
     ) -> Tensor:
-        """The gradient of k⁻; without frames, of k."""
-        passes, dk = self.passes, torch.empty_like(d_plus)
+        """The gradient of k⁻; without frames, of k, in d_plus's room."""
+        passes = self.passes
+        dk = d_plus if passes.frames is None else torch.empty_like(d_plus)
         saved, shares, flows = traced(traces, "dk", adjoints)
 
         def make() -> Callable[..., None]:
@@ -135,11 +136,11 @@ class HopperDelta(DeltaPrepared):
                 STAGES=2,
                 num_warps=self.minus.shape[3] // 16,
             )
-            tiled = tiles(u, do, dx, self.q, self.plus, dk)
-            return lambda *tensors: launch(*tiled(*tensors[:6]), *tensors[6:])
+            tiled = tiles(u, do, dx, self.q, self.plus, d_plus, dk)
+            return lambda *tensors: launch(*tiled(*tensors[:7]), *tensors[6:])
 
         keys = passes.calls.once(("keys", adjoints.shape[1]), make)
-        inputs = u, do, dx, self.q, self.plus, dk, d_plus, dk, passes.gate, adjoints, saved
+        inputs = u, do, dx, self.q, self.plus, d_plus, dk, passes.gate, adjoints, saved
         keys(*inputs, shares, flows, *passes.framed, passes.table)
         return dk
 

@@ -127,6 +127,7 @@ class DeltaPrepared:
         dtype = self.given[0].dtype if found is None else torch.float32
         u, r = self._empty(), self._empty()
         self._walk(u, r, entering, entering, entering, passes.table, residual=True)
+        self._solved = self.solved[:1]  # T; what the walk alone needed makes room
         traces = passes.traces(minus, self.v, self._key_lines) if decayed else None
         # rounding would not cancel in the gradient of the decays
         forth = partial(

@@ -19,7 +19,7 @@ from seqpar.kernels.hopper_walk_kernels import walk_hopper_kernel
 
 INT32 = {"steps", "counts", "table", "levels"}
 FP32 = {"beta", "gate", "entering", "leaving", "A", "B", "halves", "shares", "saved", "flows"}
-BF16 = {"u_pointer", "r_pointer", "dx_pointer", "out_pointer", "d_plus", "solved", "w"}
+BF16 = {"u_pointer", "r_pointer", "dx_pointer", "out_pointer", "solved", "w"}
 
 
 def compile_for(
@@ -58,7 +58,7 @@ def main() -> None:
     k, v = dict.fromkeys(("w", "minus", "plus", "q"), 128), dict.fromkeys(("v", "u", "r"), 64)
     walk = {"PARTS": 2, "REGISTERS": REGISTERS, "maxnreg": 168}
     back = dict.fromkeys(("q", "plus", "minus", "do", "r", "dx"), 128) | {"solved": 64}
-    keys = dict.fromkeys(("u", "do", "dx", "q", "plus", "out"), 128)
+    keys = dict.fromkeys(("u", "do", "dx", "q", "plus", "d_plus", "out"), 128)
     for decay in ("none", "scalar", "frames"):
         solve = {name: k[name] for name in ("plus", "minus")}
         compile_for(solve_hopper_kernel, solve, 4, set(), DK=128, DECAY=decay)
