@@ -60,16 +60,46 @@ class ModelConfig:
 class MemoryConfig:
     """What is kept of a forward pass, and what is made again in the backward pass.
 
+    Each layer has a mixer and an MLP, or a mixture of experts. Of those that are made again only
+    the input is kept, a single one of a layer where both are.
+
     Attributes:
         loss_tokens: tokens of a sequence whose logits exist at a time; 0: all.
+        recompute: which of RECOMPUTED are made again.
+        mlp_tokens: tokens of a rank that an MLP, or its experts, that is made again works on at a
+            time; 0: all.
+        keep_attention: whether the output of softmax attention is kept where the rest of its mixer
+            is made again; attention takes longer than all else in long sequences.
+        offload_layers: how many layers, the first of each pipeline stage, keep what is made again
+            from in the host's memory.
     """
 
     loss_tokens: int = 2048
+    recompute: list[str] = dataclasses.field(default_factory=list)
+    mlp_tokens: int = 16384
+    keep_attention: bool = True
+    offload_layers: int = 0
+
+
+RECOMPUTED = ("linear", "softmax", "mlp")
+"""Mixers of linear layers, mixers of softmax layers, and the MLPs or experts of all."""
 
 
 def check_memory(memory: MemoryConfig) -> None:
     """Raise ValueError for settings that cannot be."""
-    check_at_least("memory.loss_tokens", memory.loss_tokens, 0)
+    for name in ("loss_tokens", "mlp_tokens", "offload_layers"):
+        check_at_least(f"memory.{name}", getattr(memory, name), 0)
+    for name in memory.recompute:
+        if name not in RECOMPUTED:
+            raise ValueError(
+                f"memory.recompute={list(memory.recompute)} may hold {', '.join(RECOMPUTED)}, not "
+                f"{name!r}"
+            )
+    if memory.offload_layers and not memory.recompute:
+        raise ValueError(
+            f"memory.offload_layers={memory.offload_layers} moves what layers are made again from, "
+            f"and memory.recompute is empty; set it to [{', '.join(RECOMPUTED)}]"
+        )
 
 
 def layer_mixers(model: ModelConfig) -> list[str]:

@@ -55,7 +55,7 @@ def build_language_model(
     """
     memory = memory or MemoryConfig()
     check_memory(memory)
-    layer = hybrid_layer_spec(model, softmax_method)
+    layer = hybrid_layer_spec(model, memory, softmax_method)
     rank, last = groups.pp.rank(), groups.pp.size() - 1
     turns = config.virtual_pipeline_model_parallel_size
     stages = []

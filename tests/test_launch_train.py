@@ -34,6 +34,16 @@ PARALLEL = {
     "cp4": (4, ["parallel.context=4", "parallel.measure_links=true"]),
     "dp2": (2, ["parallel.context=1"]),
     "cp2 dp2": (4, ["parallel.context=2"]),
+    "cp2, as little memory as possible": (
+        2,
+        [
+            "memory.recompute=[linear,softmax,mlp]",
+            "memory.keep_attention=false",
+            "memory.mlp_tokens=50",
+            "memory.loss_tokens=50",
+            "memory.offload_layers=1",
+        ],
+    ),
 }  # other kinds of parallelism draw other first weights, see test_checkpoint.py
 
 
