@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import lcm
 
 from seqpar.exchange import EXCHANGES
-from seqpar.launch.config import Config
+from seqpar.launch.config import Config, check_choice
 from seqpar.softmax import METHODS
 
 _LEAST = {
@@ -67,8 +67,7 @@ def _check_names(config: Config) -> None:
         ("parallel.exchange", config.parallel.exchange, ["auto", *EXCHANGES]),
         ("parallel.softmax", config.parallel.softmax, ["auto", *METHODS]),
     ):
-        if value not in legal:
-            raise ValueError(f"{key}={value} must be one of {', '.join(legal)}")
+        check_choice(key, value, legal)
     resume = config.checkpoint.resume
     if resume is not None and resume != "latest" and not resume.isdecimal():
         raise ValueError(

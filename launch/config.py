@@ -5,10 +5,11 @@ Whole numbers may be written with K or M (1024 and 1024·1024): `data.sequence_l
 
 import dataclasses
 import difflib
+import os
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,9 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from seqpar.models.config import ModelConfig
+
+CONFIGS = Path(__file__).resolve().with_name("configs")
+"""The folder of the configurations that come with the project."""
 
 
 @dataclass
@@ -33,7 +37,7 @@ class TrainSection:
 
 @dataclass
 class DataSection:
-    """Prefixes of corpora that `python -m seqpar.launch.prepare` wrote."""
+    """Prefixes of corpora that `seqpar prepare` wrote."""
 
     path: str = MISSING
     held_out: str | None = None
@@ -142,7 +146,11 @@ def _from_file(path: str) -> Any:
     try:
         return OmegaConf.to_container(OmegaConf.create(Path(path).read_text()))
     except OSError as error:
-        raise ValueError(f"config {path}: cannot be read ({error.strerror})") from None
+        names = [str(file) for file in CONFIGS.glob("*.yaml")]
+        close = difflib.get_close_matches(Path(path).stem, [Path(name).stem for name in names], 1)
+        found = [name for name in names if close and Path(name).stem == close[0]]
+        hint = f"; did you mean {os.path.relpath(found[0])}?" if found else ""
+        raise ValueError(f"config {path}: cannot be read ({error.strerror}){hint}") from None
     except Exception as error:  # what the YAML parser raises passes through OmegaConf as it is
         reason = " ".join(str(error).split())
         raise ValueError(f"config {path}: not valid YAML ({reason})") from None
@@ -173,15 +181,35 @@ def _resolve(value: Any, kind: Any, key: str) -> Any:
                 raise ValueError(_unknown(full, kind))
             found[name] = _resolve(item, hints[name], full)
         return found
-    if isinstance(value, str) and int in _alternatives(kind):
-        number = re.fullmatch(r"(\d+(?:\.\d+)?)([KM])", value)
-        if number:
-            tokens = float(number[1]) * {"K": 2**10, "M": 2**20}[number[2]]
-            if tokens.is_integer():
-                return int(tokens)
+    if typing.get_origin(kind) is Literal:
+        check_choice(key, value, typing.get_args(kind))
+    if int in _alternatives(kind):
+        return _whole_number(value, key)
     if isinstance(value, int) and not isinstance(value, bool) and _alternatives(kind) == {str}:
         return str(value)  # a word such as checkpoint.resume=20
     return value
+
+
+def check_choice(key: str, value: object, legal: Iterable[str]) -> None:
+    """Raise ValueError, with the one that was probably meant, unless `value` is one of `legal`."""
+    names = list(legal)
+    if value not in names:
+        close = difflib.get_close_matches(str(value), names, 1, 0.4)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"{key}={value} must be one of {', '.join(names)}{hint}")
+
+
+def _whole_number(value: Any, key: str) -> Any:
+    """`value` with its K or M written out; what is no number is left to OmegaConf."""
+    if isinstance(value, float) and value.is_integer():
+        raise ValueError(f"{key}={value} must be a whole number; did you mean {int(value)}?")
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)([KMkm])", value) if isinstance(value, str) else None
+    if not number:
+        return value
+    if number[2].islower():
+        raise ValueError(f"{key}={value} must be a whole number; did you mean {value.upper()}?")
+    tokens = float(number[1]) * {"K": 2**10, "M": 2**20}[number[2]]
+    return int(tokens) if tokens.is_integer() else value
 
 
 def _alternatives(kind: Any) -> set[Any]:
@@ -194,19 +222,20 @@ def _listed(kind: Any) -> str:
     return ", ".join(item.name for item in dataclasses.fields(kind))
 
 
-def _all_keys(kind: Any, prefix: str = "") -> list[str]:
-    hints = typing.get_type_hints(kind)
+def all_keys(kind: Any = None, prefix: str = "") -> list[str]:
+    """Every section and setting, such as "train" and "train.steps"."""
+    hints = typing.get_type_hints(kind or Config)
     keys = []
     for name, hint in hints.items():
         keys.append(prefix + name)
         if dataclasses.is_dataclass(hint):
-            keys += _all_keys(hint, f"{prefix}{name}.")
+            keys += all_keys(hint, f"{prefix}{name}.")
     return keys
 
 
 def _unknown(key: str, kind: Any) -> str:
     section, _, name = key.rpartition(".")
-    keys = _all_keys(Config)
+    keys = all_keys()
     names = {other.rpartition(".")[2] for other in keys}
     meant = (
         # the right name in the wrong section, a misspelt key, a misspelt name in the wrong section

@@ -87,7 +87,7 @@ class Corpus:
         except OSError as error:
             raise ValueError(
                 f"{self.name}: cannot read {error.filename} ({error.strerror}); prepare it with "
-                f"python -m seqpar.launch.prepare INPUT... --output {prefix}"
+                f"seqpar prepare INPUT... --output {prefix}"
             ) from None
         again = "it is damaged or half-written: prepare it again"
         if len(head) < _HEADER.size or not head.startswith(_MAGIC):

@@ -1,6 +1,6 @@
 """Training: `torchrun ... -m seqpar.launch.train CONFIG [section.key=value ...]`.
 
-One process without torchrun: `python -m seqpar.launch.train CONFIG [section.key=value ...]`.
+One process without torchrun: `seqpar train CONFIG [section.key=value ...]`.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import shlex
 import shutil
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,15 +145,26 @@ def _beside_python(name: str) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def main() -> None:
+EXAMPLES = """examples:
+  seqpar train launch/configs/demo.yaml train.steps=20 log.folder=runs/short
+  torchrun --nproc-per-node 8 -m seqpar.launch.train CONFIG data.sequence_length=1M
+
+Any setting of the file can be given as section.key=value; whole numbers take K and M. The config
+that a run wrote into its log.folder lists them all.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m seqpar.launch.train",
+        prog="seqpar train",
         description="Train a language model on sequences cut over all ranks of torchrun.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, see launch/configs")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for module in ("megatron", "torch"):  # hints for developers of those, at every start
         warnings.filterwarnings("ignore", module=module)
