@@ -9,12 +9,14 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import os
 import queue
 import random
 import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +33,10 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 
 from seqpar.cost import Links
+from seqpar.launch.config import CheckpointSection
 from seqpar.launch.data import Corpus
-from seqpar.launch.failure import together
+from seqpar.launch.disk import errors_kept, on_disk
+from seqpar.launch.failure import UserError, together
 from seqpar.launch.optimizer_state import load_state, sharded_state
 from seqpar.launch.setup import Run
 from seqpar.models import compat
@@ -40,7 +44,10 @@ from seqpar.models.config import resolved
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step_(\d{8})")
-_TEMPORARY = ".writing_"
+_TEMPORARY, _REMOVED = ".writing_", ".removed_"
+NEWEST = ("latest", "auto")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,12 +107,24 @@ class Saving:
             done = torch.tensor([wait or self._under_way.done()], dtype=torch.int32)
             if not self._run.control.all_reduce(done, "min").item():
                 return False
-            together(self._run.control, self._under_way.result)
+            self._together(self._under_way.result)
             try:
                 self._under_way = next(self._stages)
             except StopIteration:
                 self._thread.shutdown()
                 return True
+
+    def _together(self, work: Callable[[], Any]) -> None:
+        """`work`, which writes; what is half-written is removed if it fails on any rank."""
+        try:
+            together(self._run.control, lambda: on_disk(self._temporary, work))
+        except UserError as error:
+            if self._run.control.rank == 0:
+                shutil.rmtree(self._temporary, ignore_errors=True)
+            raise UserError(
+                f"the checkpoint {self.path.name} is not saved: {error}; free some room, then go "
+                "on with checkpoint.resume=latest"
+            ) from None
 
     def _work(self) -> Iterator[Future[Any]]:
         """What is done here together with other ranks; between, what the thread does."""
@@ -117,25 +136,28 @@ class Saving:
                 shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
                 temporary.mkdir(parents=True)
 
-        together(control, begin)
+        self._together(begin)
         # Megatron would start a process for this queue, which outlives a run that is killed.
         vars(filesystem_async)["_results_queue"] = queue.Queue()
-        request = dist_checkpointing.save(
-            _state(run, is_loading=False),
-            str(temporary),
-            # ranks that hold the same write a part each
-            FullyParallelSaveStrategyWrapper(
-                get_default_save_sharded_strategy(), parallelization_group=run.groups.dp_cp
-            ),
-            async_sharded_save=True,
-            **compat.asynchronous_save_options(),
-        )
+        with errors_kept() as errors:
+            request = dist_checkpointing.save(
+                _state(run, is_loading=False),
+                str(temporary),
+                # ranks that hold the same write a part each
+                FullyParallelSaveStrategyWrapper(
+                    get_default_save_sharded_strategy(), parallelization_group=run.groups.dp_cp
+                ),
+                async_sharded_save=True,
+                **compat.asynchronous_save_options(),
+            )
+        self._together(functools.partial(_raise_first, errors))
         write = functools.partial(_write, request, _snapshot(request))
         yield self._thread.submit(write)
 
-        for finalize in request.finalize_fns:
-            finalize()
-        control.barrier()  # every rank's files are there
+        with errors_kept() as errors:
+            for finalize in request.finalize_fns:
+                finalize()
+        self._together(functools.partial(_raise_first, errors))  # every rank's files are there
         digest = functools.partial(_digests, temporary, _share(run, _files(temporary)))
         under_way = self._thread.submit(digest)
         yield under_way
@@ -153,9 +175,44 @@ class Saving:
                     self.path.rename(_free_name(self.path))
                 temporary.rename(self.path)
                 _flush(self._folder)
-                _prune(self._folder, run.config.checkpoint.keep)
+                _prune(self._folder, run.config.checkpoint)
 
-        together(control, finish)
+        self._together(finish)
+
+
+class Saver:
+    """Saves a run into `folder`, one checkpoint at a time; all ranks call it together.
+
+    Args:
+        step: that the folder's newest checkpoint is of.
+        told: called with the path of each that is complete.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        folder: Path,
+        common: dict[str, Any],
+        step: int,
+        told: Callable[[Path], None],
+    ) -> None:
+        self._run, self._folder, self._common, self._told = run, folder, common, told
+        self._step = step
+        self._saving: Saving | None = None
+
+    def go_on(self, *, wait: bool) -> None:
+        """Bring what is under way forward; to its end, if `wait`."""
+        if self._saving and self._saving.finished(wait=wait):
+            self._told(self._saving.path)
+            self._saving = None
+
+    def save(self, progress: Progress, *, wait: bool) -> None:
+        """Save the run as it is now, unless that has been done; `wait` until it is complete."""
+        self.go_on(wait=True)
+        if progress.step != self._step:
+            self._saving = Saving(self._run, self._folder, progress, self._common)
+            self._step = progress.step
+        self.go_on(wait=wait)
 
 
 def _snapshot(request: Any) -> list[Any]:
@@ -187,41 +244,27 @@ def _write(request: Any, buckets: list[Any]) -> None:
     request.async_fn_args[2].put(results)
 
 
+def _raise_first(errors: list[Exception]) -> None:
+    if errors:
+        raise errors[0]
+
+
 def load(run: Run, folder: Path, resume: str, common: dict[str, Any]) -> Progress:
-    """Continue from a checkpoint in `folder`: the newest ("latest"), or that of a step ("100").
+    """Continue from a checkpoint in `folder`: the newest intact one, or that of a step ("100").
 
     All ranks call it. They may be other numbers of every kind of parallelism than the writer's.
 
+    Args:
+        resume: "latest", "auto" (likewise, but begin anew where there is none), or a step.
+
     Raises:
-        UserError: on every rank: there is none, it is damaged, or of another model, data or seed.
-            Nothing of the run has been changed then.
+        UserError: on every rank: there is none, none is intact, it is of another model, data or
+            seed. Nothing of the run has been changed then.
     """
-    path = Path(run.control.broadcast_object(together(run.control, lambda: _find(folder, resume))))
-    damage = _damage(run, path)
-    others = [other for other in reversed(_all(folder)) if other != path] if damage else []
-    intact = next((other for other in others if not _damage(run, other)), None)
-
-    def check() -> dict[str, Any]:
-        if damage:
-            remedy = (
-                f"the newest intact checkpoint is step {_step(intact)}: set "
-                f"checkpoint.resume={_step(intact)}"
-                if intact
-                else f"no checkpoint in {folder} is intact: start anew in another log.folder"
-            )
-            raise ValueError(f"checkpoint {path} is damaged: {damage}; {remedy}")
-        manifest = _manifest(path)
-        for name, value in common.items():
-            saved = manifest["common"].get(name)
-            if saved != value:
-                raise ValueError(
-                    f"checkpoint {path} is of another run: {name} is {saved!r} there and {value!r} "
-                    "here; resume with the settings of its run, or start anew in another "
-                    "log.folder without checkpoint.resume"
-                )
-        return manifest
-
-    manifest = together(run.control, check)
+    path = _intact(run, folder, resume)
+    if path is None:
+        return Progress()
+    manifest = together(run.control, lambda: _checked_manifest(path, common))
     wanted = _state(run, is_loading=True)
     if manifest["drawn_by"] != _drawn_by(run):
         # each of these ranks would continue another one's random numbers: they begin anew
@@ -237,6 +280,45 @@ def load(run: Run, folder: Path, resume: str, common: dict[str, Any]) -> Progres
         _set_random_state(state["random"])
     run.links = _links(run, manifest.get("links"))
     return Progress(manifest["step"], manifest["sequence"])
+
+
+def _intact(run: Run, folder: Path, resume: str) -> Path | None:
+    """The checkpoint to take, its files verified; None: begin anew."""
+    found = run.control.broadcast_object(together(run.control, lambda: _find(folder, resume)))
+    damages: list[str] = []
+    intact = None
+    for path in map(Path, found):
+        damage = _damage(run, path)
+        if damage is None:
+            intact = path
+            break
+        damages.append(f"checkpoint {path} is damaged: {damage}")
+    if damages and intact is None:
+        raise UserError(
+            f"{damages[0]}; no checkpoint in {folder} is intact: start anew in another log.folder"
+        )
+    if damages and resume not in NEWEST:
+        step = _step(path)
+        raise UserError(
+            f"{damages[0]}; the newest intact checkpoint is step {step}: set "
+            f"checkpoint.resume={step}"
+        )
+    for damage in damages if run.control.rank == 0 else []:
+        logger.warning("%s; the one before it is taken", damage)
+    return intact
+
+
+def _checked_manifest(path: Path, common: dict[str, Any]) -> dict[str, Any]:
+    manifest = _manifest(path)
+    for name, value in common.items():
+        saved = manifest["common"].get(name)
+        if saved != value:
+            raise ValueError(
+                f"checkpoint {path} is of another run: {name} is {saved!r} there and {value!r} "
+                "here; resume with the settings of its run, or start anew in another "
+                "log.folder without checkpoint.resume"
+            )
+    return manifest
 
 
 def _drawn_by(run: Run) -> list[int]:
@@ -295,24 +377,25 @@ def _set_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
 
 
-def _find(folder: Path, resume: str) -> str:
-    steps = {_step(path): path for path in _all(folder)}
+def _find(folder: Path, resume: str) -> list[str]:
+    """The checkpoint that is asked for, then the others, newest first."""
+    steps = {_step(path): path for path in reversed(_all(folder))}
     half = sorted(path.name for path in folder.glob(f"{_TEMPORARY}*"))
     hint = f" ({', '.join(half)} there is half-written and of no use)" if half else ""
-    if not steps:
+    if not steps and resume != "auto":
         raise ValueError(
             f"checkpoint.resume={resume}: {folder} holds no checkpoint{hint}; leave out "
             "checkpoint.resume to start anew, or set log.folder to the folder of the run"
         )
-    if resume == "latest":
-        return str(steps[max(steps)])
-    if int(resume) not in steps:
-        nearest = min(steps, key=lambda step: abs(step - int(resume)))
-        raise ValueError(
-            f"checkpoint.resume={resume}: {folder} holds no checkpoint of that step{hint}, but of "
-            f"{', '.join(map(str, steps))}; nearest: {nearest}"
-        )
-    return str(steps[int(resume)])
+    if resume not in NEWEST:
+        if int(resume) not in steps:
+            nearest = min(steps, key=lambda step: abs(step - int(resume)))
+            raise ValueError(
+                f"checkpoint.resume={resume}: {folder} holds no checkpoint of that step{hint}, but "
+                f"of {', '.join(map(str, reversed(steps)))}; nearest: {nearest}"
+            )
+        steps = {int(resume): steps.pop(int(resume)), **steps}
+    return [str(path) for path in steps.values()]
 
 
 def _all(folder: Path) -> list[Path]:
@@ -384,6 +467,14 @@ def _free_name(path: Path) -> Path:
     )
 
 
-def _prune(folder: Path, keep: int) -> None:
-    for path in _all(folder)[:-keep] if keep else []:
+def _prune(folder: Path, wanted: CheckpointSection) -> None:
+    """Remove all but the newest `keep`, and what is older than `keep_hours`; never the newest."""
+    checkpoints = _all(folder)
+    surplus = set(checkpoints[: -wanted.keep] if wanted.keep else [])
+    if wanted.keep_hours:
+        oldest = time.time() - 3600 * wanted.keep_hours
+        surplus |= {x for x in checkpoints[:-1] if x.stat().st_mtime < oldest}
+    for path in surplus:
+        path.rename(folder / f"{_REMOVED}{path.name}")  # a kill leaves it whole, or out of sight
+    for path in folder.glob(f"{_REMOVED}*"):
         shutil.rmtree(path)

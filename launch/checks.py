@@ -25,6 +25,7 @@ _LEAST = {
     "optimizer.clip_grad": 0,
     "checkpoint.every": 0,
     "checkpoint.keep": 0,
+    "checkpoint.keep_hours": 0,
     "log.every": 1,
 }
 
@@ -69,9 +70,10 @@ def _check_names(config: Config) -> None:
     ):
         check_choice(key, value, legal)
     resume = config.checkpoint.resume
-    if resume is not None and resume != "latest" and not resume.isdecimal():
+    if resume is not None and resume not in ("latest", "auto") and not resume.isdecimal():
         raise ValueError(
-            f'checkpoint.resume={resume} must be "latest" or the step of a checkpoint, such as 100'
+            f'checkpoint.resume={resume} must be "latest", "auto" or the step of a checkpoint, '
+            "such as 100"
         )
 
 

@@ -33,6 +33,8 @@ class TrainSection:
     precision: Literal["fp32", "bf16"] = "fp32"
     evaluate_every: int = 0  # steps between held-out losses; 0: only at the end
     evaluate_sequences: int = 8  # packed sequences of the held-out corpus, at most
+    # what to do with a step whose loss or gradient is NaN or Inf; after 5 skipped in a row: stop
+    on_nonfinite: Literal["stop", "skip"] = "stop"
 
 
 @dataclass
@@ -86,8 +88,11 @@ class CheckpointSection:
 
     every: int = 0  # steps between checkpoints; 0: only at the end
     keep: int = 0  # how many of the newest to keep; 0: all
+    keep_hours: float = 0.0  # older ones are removed, but never the newest; 0: none is
     asynchronous: bool = False  # whether training goes on while one is written
-    resume: str | None = None  # "latest", or the step of a checkpoint
+    # "latest": the newest intact one; "auto": likewise, but begin anew where there is none; or the
+    # step of a checkpoint
+    resume: str | None = None
 
 
 @dataclass

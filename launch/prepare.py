@@ -172,7 +172,7 @@ def _documents(files: Iterable[Path]) -> Iterator[tuple[str, str]]:
         except UnicodeDecodeError as error:
             logger.warning("left out %s: not UTF-8 text (byte %d)", path, error.start)
             continue
-        found = _lines(path, text) if path.suffix == ".jsonl" else [(str(path), text)]
+        found = _lines(path, text) if path.suffix == ".jsonl" and text else [(str(path), text)]
         for name, document in found:
             if document:
                 yield name, document

@@ -79,6 +79,9 @@ class Report:
             f"{len(corpus.lengths):,} documents; {train.steps} steps are "
             f"{train.steps * self.clock.tokens / corpus.tokens:.3g} epochs"
         )
+        longer = int((corpus.lengths > self._config.data.sequence_length).sum())
+        if longer:
+            self._say(f"{_count(longer, 'document')} longer than a sequence, cut at its end")
         self._say(f"settings and everything else in {self._folder}")
         if self._first_step:
             self._say(f"resumed after step {self._first_step}")
@@ -87,6 +90,8 @@ class Report:
         """A step that has just been clocked."""
         if self._silent:
             return
+        if not result.tokens and not result.nonfinite:
+            self._say(f"step {step}: no token to predict in its sequences, nothing is learned")
         speed = self.clock.tokens_per_second()
         self._recorder.write(
             step,

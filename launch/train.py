@@ -5,15 +5,17 @@ One process without torchrun: `seqpar train CONFIG [section.key=value ...]`.
 
 import argparse
 import logging
-import math
 import os
 import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
@@ -21,9 +23,16 @@ from seqpar.agreement import ExchangeError
 from seqpar.comm import Communicator
 from seqpar.launch.checks import check
 from seqpar.launch.config import Config, load_config, to_yaml
-from seqpar.launch.failure import UserError, leave, together
+from seqpar.launch.failure import Stopped, UserError, leave, together
 from seqpar.launch.metrics import METRICS
 from seqpar.launch.ranks import start_ranks
+from seqpar.launch.signals import StopRequests
+
+if TYPE_CHECKING:
+    from seqpar.launch import checkpoint
+
+MOST_SKIPPED = 5
+"""How many steps in a row may be passed over."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +66,10 @@ def train(command: Command, control: Communicator) -> None:
     # Megatron takes seconds to import; mistakes found above are told at once.
     from seqpar.launch import checkpoint
     from seqpar.launch.data import open_stream
+    from seqpar.launch.disk import on_disk
     from seqpar.launch.report import Report
     from seqpar.launch.setup import build
-    from seqpar.launch.step import held_out_loss, train_step
+    from seqpar.launch.step import held_out_loss, read, train_step
 
     data, steps = config.data, config.train.steps
     folder = Path(config.log.folder)
@@ -78,33 +88,48 @@ def train(command: Command, control: Communicator) -> None:
     report = Report(config, done.step, entropy, not leader)
     parameters = [p for stage in run.model for p in stage.parameters()]
     report.begin(sizes, stream, sum(p.numel() for p in parameters))
-    saving: checkpoint.Saving | None = None
+    saver = checkpoint.Saver(run, saved, common, done.step, report.checkpoint)
+    stop = StopRequests()
+    skipped = 0
     while done.step < steps:
         report.clock.start()
-        result = train_step(run, stream, done.sequence)
+        with _kept(saver, done):
+            batches = read(run, stream, done.sequence)
+        result = train_step(run, batches)
         report.clock.stop()
         done = checkpoint.Progress(done.step + 1, done.sequence + config.train.global_batch)
-        report.step(done.step, result)
-        if not math.isfinite(result.loss):
+        together(control, partial(on_disk, folder, partial(report.step, done.step, result)))
+        skipped = skipped + 1 if result.nonfinite else 0
+        if result.nonfinite and (config.train.on_nonfinite == "stop" or skipped > MOST_SKIPPED):
             raise UserError(
-                f"the loss is {result.loss} at step {done.step}: training has diverged; lower "
-                f"optimizer.lr={config.optimizer.lr} or optimizer.clip_grad, or raise "
-                "optimizer.warmup_steps"
+                f"step {done.step}: {result.nonfinite} (loss {result.loss}): training has "
+                f"diverged; lower optimizer.lr={config.optimizer.lr} or optimizer.clip_grad, or "
+                "raise optimizer.warmup_steps; train.on_nonfinite=skip passes over such steps"
             )
         if held_out and _due(config.train.evaluate_every, done.step, steps):
-            report.held_out(done.step, held_out_loss(run, held_out))
+            with _kept(saver, done):
+                loss = held_out_loss(run, held_out)
+            report.held_out(done.step, loss)
         due = _due(config.checkpoint.every, done.step, steps)
-        if saving and saving.finished(wait=due):
-            report.checkpoint(saving.path)
-            saving = None
+        saver.go_on(wait=due)
         if due:
-            saving = checkpoint.Saving(run, saved, done, common)
-            if done.step == steps or not config.checkpoint.asynchronous:
-                saving.finished(wait=True)
-                report.checkpoint(saving.path)
-                saving = None
+            wait = done.step == steps or not config.checkpoint.asynchronous
+            saver.save(done, wait=wait)
+        if done.step < steps and stop.asked(control):
+            saver.save(done, wait=True)
+            raise Stopped(f"stopped as asked, and saved, after step {done.step}")
     more = steps + max(1, steps // 2)
     report.end(command.again("checkpoint.resume=latest", f"train.steps={more}"))
+
+
+@contextmanager
+def _kept(saver: "checkpoint.Saver", done: "checkpoint.Progress") -> Iterator[None]:
+    """Save what has been learned before a mistake in the data ends the run."""
+    try:
+        yield
+    except UserError as error:
+        saver.save(done, wait=True)
+        raise UserError(f"{error} (the run is saved up to step {done.step})") from None
 
 
 def _due(every: int, step: int, steps: int) -> bool:
@@ -169,17 +194,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     for module in ("megatron", "torch"):  # hints for developers of those, at every start
         warnings.filterwarnings("ignore", module=module)
     control = start_ranks()
-    message = None
+    ending: UserError | None = None
     try:
         train(Command(args.config, tuple(args.overrides)), control)
     except ExchangeError as error:  # the others are gone or fail likewise: nothing to wait for
         leave(f"rank {control.rank}: {error}", 0)
     except UserError as error:
-        message = str(error)
+        ending = error
     control.barrier()  # a rank that leaves first would break the others' connections
     dist.destroy_process_group()
-    if message is not None:
-        leave(message, control.rank)
+    if ending is not None:
+        leave(str(ending), control.rank, ending.code)
 
 
 if __name__ == "__main__":
