@@ -102,6 +102,10 @@ class LogSection:
     folder: str = MISSING
     every: int = 1  # steps between step lines
     tensorboard: bool = True
+    wandb: str | None = None  # a project of Weights & Biases to log to as well
+    profile_steps: list[int] = field(default_factory=list)  # profiled into log.folder/profile
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
+    memory_history: bool = False  # add to the snapshot of a full GPU where memory was allocated
 
 
 @dataclass
@@ -145,6 +149,11 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
 def to_yaml(config: Config) -> str:
     """The whole configuration as YAML that `load_config` reads back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_container(config: Config) -> Any:
+    """The whole configuration as dicts and lists."""
+    return OmegaConf.to_container(OmegaConf.structured(config))
 
 
 def _from_file(path: str) -> Any:

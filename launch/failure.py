@@ -31,6 +31,10 @@ class UserError(Exception):
     code = 1
 
 
+class LoneError(Exception):
+    """What one rank has met while the others go on. Its text is the message to show."""
+
+
 class Stopped(UserError):
     """The run was asked to stop, and has saved."""
 

@@ -40,13 +40,12 @@ class StepResult:
     nonfinite: str | None
 
 
-def read(run: Run, stream: PackedStream, first_sequence: int) -> list[Batch]:
-    """This rank's batches of a step: of sequences `first_sequence` ... + global_batch - 1.
+def read(run: Run, stream: PackedStream, sequences: range) -> list[Batch]:
+    """This rank's batches of a step on `sequences`.
 
     Raises:
         UserError: on every rank, when a rank cannot read its part of the data.
     """
-    sequences = range(first_sequence, first_sequence + run.config.train.global_batch)
     own = sequences[run.groups.dp.rank() :: run.sizes.data]
     return together(run.control, partial(_batches, run, stream, own))
 

@@ -17,13 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 
 from seqpar.agreement import ExchangeError
 from seqpar.comm import Communicator
 from seqpar.launch.checks import check
 from seqpar.launch.config import Config, load_config, to_yaml
-from seqpar.launch.failure import Stopped, UserError, leave, together
+from seqpar.launch.failure import LoneError, Stopped, UserError, leave, together
 from seqpar.launch.metrics import METRICS
 from seqpar.launch.ranks import start_ranks
 from seqpar.launch.signals import StopRequests
@@ -60,6 +61,7 @@ def train(command: Command, control: Communicator) -> None:
 
     Raises:
         UserError: on every rank, for whatever the user can put right.
+        LoneError: on one rank.
     """
     config = together(control, lambda: load_config(command.config, command.overrides))
     sizes = together(control, lambda: check(config, control.size))
@@ -67,6 +69,7 @@ def train(command: Command, control: Communicator) -> None:
     from seqpar.launch import checkpoint
     from seqpar.launch.data import open_stream
     from seqpar.launch.disk import on_disk
+    from seqpar.launch.recording import begin_memory_history, out_of_memory, profiled
     from seqpar.launch.report import Report
     from seqpar.launch.setup import build
     from seqpar.launch.step import held_out_loss, read, train_step
@@ -84,42 +87,58 @@ def train(command: Command, control: Communicator) -> None:
     if config.checkpoint.resume is not None:
         done = checkpoint.load(run, saved, config.checkpoint.resume, common)
     together(control, lambda: _begin_folder(config, done.step) if leader else None)
+    if config.checkpoint.resume == "auto" and done.step >= steps:
+        return  # started once more than was needed
+    together(control, lambda: _begin_folder(config, done.step) if leader else None)
     entropy = held_out.unigram_entropy if held_out else None
-    report = Report(config, done.step, entropy, not leader)
+    report = together(control, lambda: Report(config, done.step, control.size, entropy, not leader))
     parameters = [p for stage in run.model for p in stage.parameters()]
     report.begin(sizes, stream, sum(p.numel() for p in parameters))
     saver = checkpoint.Saver(run, saved, common, done.step, report.checkpoint)
     stop = StopRequests()
     skipped = 0
-    while done.step < steps:
-        report.clock.start()
-        with _kept(saver, done):
-            batches = read(run, stream, done.sequence)
-        result = train_step(run, batches)
-        report.clock.stop()
-        done = checkpoint.Progress(done.step + 1, done.sequence + config.train.global_batch)
-        together(control, partial(on_disk, folder, partial(report.step, done.step, result)))
-        skipped = skipped + 1 if result.nonfinite else 0
-        if result.nonfinite and (config.train.on_nonfinite == "stop" or skipped > MOST_SKIPPED):
-            raise UserError(
-                f"step {done.step}: {result.nonfinite} (loss {result.loss}): training has "
-                f"diverged; lower optimizer.lr={config.optimizer.lr} or optimizer.clip_grad, or "
-                "raise optimizer.warmup_steps; train.on_nonfinite=skip passes over such steps"
-            )
-        if held_out and _due(config.train.evaluate_every, done.step, steps):
+    begin_memory_history(config)
+    try:
+        while done.step < steps:
+            sequences = range(done.sequence, done.sequence + config.train.global_batch)
+            report.clock.start()
             with _kept(saver, done):
-                loss = held_out_loss(run, held_out)
-            report.held_out(done.step, loss)
-        due = _due(config.checkpoint.every, done.step, steps)
-        saver.go_on(wait=due)
-        if due:
-            wait = done.step == steps or not config.checkpoint.asynchronous
-            saver.save(done, wait=wait)
-        if done.step < steps and stop.asked(control):
-            saver.save(done, wait=True)
-            raise Stopped(f"stopped as asked, and saved, after step {done.step}")
+                batches = read(run, stream, sequences)
+            with profiled(config, done.step + 1, control.rank):
+                result = train_step(run, batches)
+            report.clock.stop()
+            done = checkpoint.Progress(done.step + 1, sequences.stop)
+            told = partial(report.step, done.step, result, sequences)
+            together(control, partial(on_disk, folder, told))
+            skipped = skipped + 1 if result.nonfinite else 0
+            if result.nonfinite and (config.train.on_nonfinite == "stop" or skipped > MOST_SKIPPED):
+                raise UserError(_diverged(config, done.step, result.nonfinite))
+            if held_out and _due(config.train.evaluate_every, done.step, steps):
+                with _kept(saver, done):
+                    loss = held_out_loss(run, held_out)
+                report.held_out(done.step, loss)
+            due = _due(config.checkpoint.every, done.step, steps)
+            saver.go_on(wait=due)
+            if due:
+                wait = done.step == steps or not config.checkpoint.asynchronous
+                saver.save(done, wait=wait)
+            if done.step < steps and stop.asked(control):
+                saver.save(done, wait=True)
+                raise Stopped(f"stopped as asked, and saved, after step {done.step}")
+    except torch.OutOfMemoryError as error:
+        raise LoneError(out_of_memory(config, control.rank, error)) from error
+    finally:
+        report.close()
     more = steps + max(1, steps // 2)
     report.end(command.again("checkpoint.resume=latest", f"train.steps={more}"))
+
+
+def _diverged(config: Config, step: int, where: str) -> str:
+    return (
+        f"step {step}: {where}: training has diverged; lower optimizer.lr={config.optimizer.lr} or "
+        "optimizer.clip_grad, or raise optimizer.warmup_steps; train.on_nonfinite=skip passes over "
+        "such steps"
+    )
 
 
 @contextmanager
@@ -197,7 +216,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     ending: UserError | None = None
     try:
         train(Command(args.config, tuple(args.overrides)), control)
-    except ExchangeError as error:  # the others are gone or fail likewise: nothing to wait for
+    except (
+        ExchangeError,
+        LoneError,
+    ) as error:  # the others are gone or fail likewise: nothing to wait for
         leave(f"rank {control.rank}: {error}", 0)
     except UserError as error:
         ending = error
