@@ -32,6 +32,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 
+from seqpar.comm import Communicator
 from seqpar.cost import Links
 from seqpar.launch.config import CheckpointSection
 from seqpar.launch.data import Corpus
@@ -40,7 +41,7 @@ from seqpar.launch.failure import UserError, together
 from seqpar.launch.optimizer_state import load_state, sharded_state
 from seqpar.launch.setup import Run
 from seqpar.models import compat
-from seqpar.models.config import resolved
+from seqpar.models.config import ModelConfig, resolved
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step_(\d{8})")
@@ -61,14 +62,18 @@ class Progress:
 def identity(run: Run, corpus: Corpus) -> dict[str, Any]:
     """What a checkpoint and the run that resumes it must have in common, by name of setting."""
     train = run.config.train
-    found = {f"model.{k}": v for k, v in dataclasses.asdict(resolved(run.config.model)).items()}
-    return found | {
+    return model_identity(run.config.model) | {
         "train.seed": train.seed,
         "train.precision": train.precision,
         "data.sequence_length": run.config.data.sequence_length,
         "data.path (number of documents)": len(corpus.lengths),
         "data.path (number of tokens)": corpus.tokens,
     }
+
+
+def model_identity(model: ModelConfig) -> dict[str, Any]:
+    """The part of `identity` that is the model's."""
+    return {f"model.{k}": v for k, v in dataclasses.asdict(resolved(model)).items()}
 
 
 class Saving:
@@ -158,7 +163,7 @@ class Saving:
             for finalize in request.finalize_fns:
                 finalize()
         self._together(functools.partial(_raise_first, errors))  # every rank's files are there
-        digest = functools.partial(_digests, temporary, _share(run, _files(temporary)))
+        digest = functools.partial(_digests, temporary, _share(control, _files(temporary)))
         under_way = self._thread.submit(digest)
         yield under_way
 
@@ -261,19 +266,16 @@ def load(run: Run, folder: Path, resume: str, common: dict[str, Any]) -> Progres
         UserError: on every rank: there is none, none is intact, it is of another model, data or
             seed. Nothing of the run has been changed then.
     """
-    path = _intact(run, folder, resume)
+    path = intact(run.control, folder, resume)
     if path is None:
         return Progress()
-    manifest = together(run.control, lambda: _checked_manifest(path, common))
+    manifest = together(run.control, lambda: checked_manifest(path, common))
     wanted = _state(run, is_loading=True)
     if manifest["drawn_by"] != _drawn_by(run):
         # each of these ranks would continue another one's random numbers: they begin anew
         del wanted["random"]
     state = dist_checkpointing.load(wanted, str(path))
-    for index, stage in enumerate(run.model):
-        prefix = f"{index}."
-        own = {k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
-        stage.module.load_state_dict(own)
+    _set_weights([stage.module for stage in run.model], state["model"])
     load_state(run.optimizer, state["optimizer"], manifest["step"])
     run.scheduler.load_state_dict(state["scheduler"])
     if "random" in wanted:
@@ -282,18 +284,24 @@ def load(run: Run, folder: Path, resume: str, common: dict[str, Any]) -> Progres
     return Progress(manifest["step"], manifest["sequence"])
 
 
-def _intact(run: Run, folder: Path, resume: str) -> Path | None:
-    """The checkpoint to take, its files verified; None: begin anew."""
-    found = run.control.broadcast_object(together(run.control, lambda: _find(folder, resume)))
+def load_weights(stages: list[Any], groups: Any, path: Path) -> None:
+    """Load the model alone, into its stages on this rank, from what `intact` gave."""
+    state = dist_checkpointing.load({"model": _weights(stages, groups)}, str(path))
+    _set_weights(stages, state["model"])
+
+
+def intact(control: Communicator, folder: Path, resume: str) -> Path | None:
+    """The checkpoint to take, its files verified; None: begin anew. See `load`."""
+    found = control.broadcast_object(together(control, lambda: _find(folder, resume)))
     damages: list[str] = []
-    intact = None
+    good = None
     for path in map(Path, found):
-        damage = _damage(run, path)
+        damage = _damage(control, path)
         if damage is None:
-            intact = path
+            good = path
             break
         damages.append(f"checkpoint {path} is damaged: {damage}")
-    if damages and intact is None:
+    if damages and good is None:
         raise UserError(
             f"{damages[0]}; no checkpoint in {folder} is intact: start anew in another log.folder"
         )
@@ -303,12 +311,13 @@ def _intact(run: Run, folder: Path, resume: str) -> Path | None:
             f"{damages[0]}; the newest intact checkpoint is step {step}: set "
             f"checkpoint.resume={step}"
         )
-    for damage in damages if run.control.rank == 0 else []:
+    for damage in damages if control.rank == 0 else []:
         logger.warning("%s; the one before it is taken", damage)
-    return intact
+    return good
 
 
-def _checked_manifest(path: Path, common: dict[str, Any]) -> dict[str, Any]:
+def checked_manifest(path: Path, common: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a checkpoint; ValueError unless it has `common` in common."""
     manifest = _manifest(path)
     for name, value in common.items():
         saved = manifest["common"].get(name)
@@ -334,12 +343,7 @@ def _links(run: Run, saved: dict[str, Any] | None) -> Links | None:
 
 
 def _state(run: Run, is_loading: bool) -> dict[str, Any]:
-    metadata = {"dp_cp_group": run.groups.dp_cp}
-    model = {
-        f"{index}.{name}": value
-        for index, stage in enumerate(run.model)
-        for name, value in stage.module.sharded_state_dict(metadata=metadata).items()
-    }
+    model = _weights([stage.module for stage in run.model], run.groups)
     tp, pp = run.groups.tp, run.groups.pp
     return {
         "model": model,
@@ -354,6 +358,22 @@ def _state(run: Run, is_loading: bool) -> dict[str, Any]:
             replica_id=run.groups.dp_cp.rank(),
         ),
     }
+
+
+def _weights(stages: list[Any], groups: Any) -> dict[str, Any]:
+    metadata = {"dp_cp_group": groups.dp_cp}
+    return {
+        f"{index}.{name}": value
+        for index, stage in enumerate(stages)
+        for name, value in stage.sharded_state_dict(metadata=metadata).items()
+    }
+
+
+def _set_weights(stages: list[Any], state: dict[str, Any]) -> None:
+    for index, stage in enumerate(stages):
+        prefix = f"{index}."
+        own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        stage.load_state_dict(own)
 
 
 def _random_state() -> dict[str, Any]:
@@ -411,12 +431,12 @@ def _manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _damage(run: Run, path: Path) -> str | None:
+def _damage(control: Communicator, path: Path) -> str | None:
     """What is wrong with the files of a checkpoint, one answer on every rank; None: nothing."""
     found: str | None = None
     try:
         files = _manifest(path)["files"]
-        for name in _share(run, sorted(files)):
+        for name in _share(control, sorted(files)):
             if not (path / name).is_file():
                 found = f"file {name} is missing"
                 break
@@ -432,15 +452,15 @@ def _damage(run: Run, path: Path) -> str | None:
         found = f"{what}file {Path(error.filename or path).name}: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError):
         found = f"file {MANIFEST} is not readable"
-    return next((each for each in run.control.all_gather_object(found) if each), None)
+    return next((each for each in control.all_gather_object(found) if each), None)
 
 
 def _files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def _share(run: Run, names: list[str]) -> list[str]:
-    return names[run.control.rank :: run.control.size]
+def _share(control: Communicator, names: list[str]) -> list[str]:
+    return names[control.rank :: control.size]
 
 
 def _digests(folder: Path, names: list[str]) -> dict[str, tuple[int, str]]:

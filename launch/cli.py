@@ -20,6 +20,7 @@ class Command:
 COMMANDS = {
     "train": Command("train a model, alone or on all ranks of torchrun", "train"),
     "prepare": Command("turn texts into a corpus of token ids", "prepare"),
+    "eval": Command("see whether a trained model uses its context, and let it write", "eval"),
     "doctor": Command("look whether this machine is ready to train", "doctor"),
 }
 

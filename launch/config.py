@@ -156,6 +156,20 @@ def to_container(config: Config) -> Any:
     return OmegaConf.to_container(OmegaConf.structured(config))
 
 
+def whole_number(name: str, text: str) -> int:
+    """A number from 1 that may be written with K or M.
+
+    Raises:
+        ValueError: it is none; names the option.
+    """
+    value = _whole_number(text, name)
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={text} must be a whole number from 1, such as 8K")
+    return value
+
+
 def _from_file(path: str) -> Any:
     try:
         return OmegaConf.to_container(OmegaConf.create(Path(path).read_text()))

@@ -208,5 +208,10 @@ class PackedStream:
 
 def open_stream(config: Config, field: str) -> PackedStream:
     """The stream of the corpus that `config.data` names in `field`, "path" or "held_out"."""
-    corpus = Corpus(getattr(config.data, field), config.model.vocab_size, f"data.{field}")
+    corpus = open_corpus(config, field)
     return PackedStream(corpus, config.data.sequence_length, config.train.seed)
+
+
+def open_corpus(config: Config, field: str) -> Corpus:
+    """The corpus that `config.data` names in `field`, "path" or "held_out"."""
+    return Corpus(getattr(config.data, field), config.model.vocab_size, f"data.{field}")
