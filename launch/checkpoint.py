@@ -494,7 +494,7 @@ def _prune(folder: Path, wanted: CheckpointSection) -> None:
     if wanted.keep_hours:
         oldest = time.time() - 3600 * wanted.keep_hours
         surplus |= {x for x in checkpoints[:-1] if x.stat().st_mtime < oldest}
+    for left in folder.glob(f"{_REMOVED}*"):  # by a run that was killed
+        shutil.rmtree(left)
     for path in surplus:
-        path.rename(folder / f"{_REMOVED}{path.name}")  # a kill leaves it whole, or out of sight
-    for path in folder.glob(f"{_REMOVED}*"):
-        shutil.rmtree(path)
+        shutil.rmtree(path.rename(folder / f"{_REMOVED}{path.name}"))  # whole, or out of sight

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -87,6 +88,8 @@ def _completion(shell: str) -> str:
 
 
 def _run(command: Command, words: list[str]) -> None:
+    for module in ("megatron", "torch"):  # hints for developers of those, when they are imported
+        warnings.filterwarnings("ignore", module=module)
     try:
         import_module(f"seqpar.launch.{command.module}").main(words)
     except ModuleNotFoundError as error:

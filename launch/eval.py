@@ -8,7 +8,6 @@ import argparse
 import logging
 import os
 import sys
-import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -188,7 +187,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokenizer", help="of a corpus that does not name it")
     args = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    warnings.filterwarnings("ignore", module="megatron")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.exit("error: eval runs on one GPU or CPU; start it without torchrun")
     try:

@@ -21,7 +21,8 @@ class Recorder:
 
     def __init__(self, config: Config, first_step: int) -> None:
         folder = Path(config.log.folder)
-        self._file = (folder / METRICS).open("a")
+        # unbuffered: what a full disk does not take must not come again when the file is closed
+        self._file = (folder / METRICS).open("ab", buffering=0)
         self._tensorboard: Any = None
         self._wandb: Any = None
         if config.log.tensorboard:
@@ -35,8 +36,7 @@ class Recorder:
             self._wandb = _wandb(config)
 
     def write(self, step: int, **values: float) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        self._file.write((json.dumps({"step": step, **values}) + "\n").encode())
         if self._tensorboard:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)

@@ -1,5 +1,6 @@
 """Recorded for a closer look: a profile of chosen steps, the memory of a GPU that is full."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from seqpar.launch.config import Config
+
+logger = logging.getLogger(__name__)
 
 _LONGEST_HISTORY = 200_000  # allocations and frees
 
@@ -24,8 +27,11 @@ def profiled(config: Config, step: int, rank: int) -> Iterator[None]:
     with profile(activities=activities, record_shapes=True) as profiler:
         yield
     folder = Path(config.log.folder) / "profile"
-    folder.mkdir(exist_ok=True)
-    profiler.export_chrome_trace(str(folder / f"step_{step}_rank_{rank}.json.gz"))
+    try:
+        folder.mkdir(exist_ok=True)
+        profiler.export_chrome_trace(str(folder / f"step_{step}_rank_{rank}.json.gz"))
+    except (OSError, RuntimeError) as error:  # of one rank, and nothing to end a run for
+        logger.warning("rank %d: the profile of step %d is not written: %s", rank, step, error)
 
 
 def begin_memory_history(config: Config) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 
 from seqpar.launch.checks import Sizes
@@ -155,9 +156,10 @@ class Report:
         self._say(f"checkpoint {path}")
 
     def close(self) -> None:
-        """Have all metrics written."""
+        """Have all metrics written, where there is room for them."""
         if not self._silent:
-            self._recorder.close()
+            with suppress(OSError):
+                self._recorder.close()
 
     def end(self, resume: str) -> None:
         """Where everything is, and the command that trains on."""

@@ -10,7 +10,7 @@ import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -88,7 +88,9 @@ def train(command: Command, control: Communicator) -> None:
         done = checkpoint.load(run, saved, config.checkpoint.resume, common)
     together(control, lambda: _begin_folder(config, done.step) if leader else None)
     if config.checkpoint.resume == "auto" and done.step >= steps:
-        return  # started once more than was needed
+        if leader:
+            print(f"{folder} is trained to step {done.step} already")
+        return
     together(control, lambda: _begin_folder(config, done.step) if leader else None)
     entropy = held_out.unigram_entropy if held_out else None
     report = together(control, lambda: Report(config, done.step, control.size, entropy, not leader))
@@ -97,6 +99,10 @@ def train(command: Command, control: Communicator) -> None:
     saver = checkpoint.Saver(run, saved, common, done.step, report.checkpoint)
     stop = StopRequests()
     skipped = 0
+
+    def tell(report_it: Callable[[], None]) -> None:
+        together(control, partial(on_disk, folder, report_it))
+
     begin_memory_history(config)
     try:
         while done.step < steps:
@@ -108,15 +114,14 @@ def train(command: Command, control: Communicator) -> None:
                 result = train_step(run, batches)
             report.clock.stop()
             done = checkpoint.Progress(done.step + 1, sequences.stop)
-            told = partial(report.step, done.step, result, sequences)
-            together(control, partial(on_disk, folder, told))
+            tell(partial(report.step, done.step, result, sequences))
             skipped = skipped + 1 if result.nonfinite else 0
             if result.nonfinite and (config.train.on_nonfinite == "stop" or skipped > MOST_SKIPPED):
                 raise UserError(_diverged(config, done.step, result.nonfinite))
             if held_out and _due(config.train.evaluate_every, done.step, steps):
                 with _kept(saver, done):
                     loss = held_out_loss(run, held_out)
-                report.held_out(done.step, loss)
+                tell(partial(report.held_out, done.step, loss))
             due = _due(config.checkpoint.every, done.step, steps)
             saver.go_on(wait=due)
             if due:
