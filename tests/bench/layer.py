@@ -4,9 +4,10 @@
         [--trace]
 
 Every rank first works alone on as many tokens as it holds later, all ranks at once; then all of
-them on one sequence P times as long. Milliseconds of the slowest rank, medians, forward and
-backward. `ideal` is the time alone; of causal softmax, whose work a token grows with the sequence,
-the time that one GPU takes for the whole sequence, divided by P. Efficiency is ideal / P GPUs.
+them on one sequence P times as long. Milliseconds of the slowest rank's GPU, the host launching
+ahead, medians, forward and backward; `host` is what launching takes. `ideal` is the time alone; of
+causal softmax, whose work a token grows with the sequence, the time that one GPU takes for the
+whole sequence, divided by P. Efficiency is ideal / P GPUs.
 
 `step` is forward, backward and AdamW of a hybrid language model (GPTModel of Megatron-Core, bf16,
 each layer recomputed in the backward pass); gradients are summed over ranks at its end, with
@@ -80,6 +81,7 @@ class Row:
     ideal: float = 0.0
     together: float = 0.0
     efficiency: float = 0.0
+    host: float = 0.0
     rate: float = 0.0
     error: str = ""
 
@@ -110,23 +112,24 @@ class Layers:
         if times is None:
             self.bench.add(Row(name, tokens, size, error=error))
             return
-        alone, ideal, together = times
-        rate = tokens / together * 1e3
-        self.bench.add(Row(name, tokens, size, alone, ideal, together, ideal / together, rate))
+        alone, ideal, together, host = times
+        rate, share = tokens / together * 1e3, ideal / together
+        self.bench.add(Row(name, tokens, size, alone, ideal, together, share, host, rate))
 
-    def function(self, name: str, tokens: int) -> tuple[float, float, float]:
-        """Of one function: alone, ideal, together."""
+    def function(self, name: str, tokens: int) -> tuple[float, float, float, float]:
+        """Of one function: alone, ideal, together, and the host's."""
         function, _, options, kind = FUNCTIONS[name]
         size, repeats = self.comm.size, self.args.repeats
         milliseconds = partial(self.bench.milliseconds, repeats=repeats)
-        alone = ideal = milliseconds(self.call(name, tokens, self.sp(tokens, 1)))
+        call = self.call(name, tokens, self.sp(tokens, 1))
+        alone = ideal = together = milliseconds(call)
         if function is seqpar.softmax_attention and size > 1:
             whole = self.call(name, size * tokens, self.sp(size * tokens, 1))
             ideal = milliseconds(whole) / size
-        if size == 1:
-            return alone, ideal, alone
-        together = self.call(name, tokens, self.sp(tokens, size, kind), options)
-        return alone, ideal, milliseconds(together)
+        if size > 1:
+            call = self.call(name, tokens, self.sp(tokens, size, kind), options)
+            together = milliseconds(call)
+        return alone, ideal, together, self.bench.host_milliseconds(call, repeats)
 
     def call(
         self, name: str, tokens: int, sp: SequenceParallel, options: dict[str, str] | None = None
@@ -191,22 +194,23 @@ class Layers:
         self.bench.say(f"{self.letters} of {args.mixer}, {numbers / 1e9:.2f} billion parameters")
         return self._network
 
-    def step(self, tokens: int) -> tuple[float, float, float]:
-        """Of the training step: alone, ideal, together."""
+    def step(self, tokens: int) -> tuple[float, float, float, float]:
+        """Of the training step: alone, ideal, together, and the host's."""
         network, size = self.network(), self.comm.size
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=CUDA)
 
-        def time_of(sp: SequenceParallel) -> float:
-            work = partial(self.one_step, network, optimizer, tokens, sp)
-            return self.bench.milliseconds(work, self.args.repeats)
+        def step_of(size: int) -> Callable[[], None]:
+            return partial(self.one_step, network, optimizer, tokens, self.sp(tokens, size))
 
-        alone = ideal = together = time_of(self.sp(tokens, 1))
+        alone = ideal = together = self.bench.milliseconds(step_of(1), self.args.repeats)
         if size > 1:
-            together = time_of(self.sp(tokens, size))
+            together = self.bench.milliseconds(step_of(size), self.args.repeats)
+        host = self.bench.host_milliseconds(step_of(size), 3)
+        if size > 1:
             network.zero_grad()
             more = self.softmax(size * tokens) / size - self.softmax(tokens)
             ideal = alone + self.letters.count("N") * more
-        return alone, ideal, together
+        return alone, ideal, together, host
 
     def one_step(
         self, network: Any, optimizer: torch.optim.Optimizer, tokens: int, sp: SequenceParallel
