@@ -146,7 +146,7 @@ def leave(
     d_gate = room(dq, torch.float32)
 
     def make() -> Launch:
-        columns = min(padded(dim), 32)  # tiles of many tensors
+        columns = min(padded(dim), 64 if pairs else 32)  # tiles of many tensors
         return Launch(
             leave_kernel,
             ceil_div(dim, columns) * len(blocks) * heads * batch,

@@ -4,15 +4,16 @@
         [--trace]
 
 Every rank first works alone on as many tokens as it holds later, all ranks at once; then all of
-them on one sequence P times as long. Milliseconds of the slowest rank, medians, forward and
-backward. `ideal` is the time alone; of causal softmax, whose work a token grows with the sequence,
-the time that one GPU takes for the whole sequence, divided by P. Efficiency is ideal / P GPUs.
+them on one sequence P times as long. Milliseconds of the slowest rank's GPU, the host launching
+ahead, medians, forward and backward; `host` is what launching takes. `ideal` is the time alone; of
+causal softmax, whose work a token grows with the sequence, the time that one GPU takes for the
+whole sequence, divided by P. Efficiency is ideal / P GPUs.
 
 `step` is forward, backward and AdamW of a hybrid language model (GPTModel of Megatron-Core, bf16,
-each layer recomputed in the backward pass); gradients are summed over ranks at its end, with
-nothing beside. Without a GPU everything runs over gloo, on small sizes. --out takes layer.csv, a
-row as soon as it is measured, and layer.png at the end. --trace writes, of one layer of each kind,
-what the profiler saw, and draws which stream was at work when.
+each layer recomputed in the backward pass); gradients are summed over ranks at its end, in one
+message, with nothing beside. Without a GPU everything runs over gloo, on small sizes. --out takes
+layer.csv, a row as soon as it is measured, and layer.png at the end. --trace writes what the
+profiler saw of one layer of each kind, and draws which stream was at work when.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import seqpar
@@ -80,6 +82,7 @@ class Row:
     ideal: float = 0.0
     together: float = 0.0
     efficiency: float = 0.0
+    host: float = 0.0
     rate: float = 0.0
     error: str = ""
 
@@ -110,23 +113,24 @@ class Layers:
         if times is None:
             self.bench.add(Row(name, tokens, size, error=error))
             return
-        alone, ideal, together = times
-        rate = tokens / together * 1e3
-        self.bench.add(Row(name, tokens, size, alone, ideal, together, ideal / together, rate))
+        alone, ideal, together, host = times
+        rate, share = tokens / together * 1e3, ideal / together
+        self.bench.add(Row(name, tokens, size, alone, ideal, together, share, host, rate))
 
-    def function(self, name: str, tokens: int) -> tuple[float, float, float]:
-        """Of one function: alone, ideal, together."""
+    def function(self, name: str, tokens: int) -> tuple[float, float, float, float]:
+        """Of one function: alone, ideal, together, and the host's."""
         function, _, options, kind = FUNCTIONS[name]
         size, repeats = self.comm.size, self.args.repeats
         milliseconds = partial(self.bench.milliseconds, repeats=repeats)
-        alone = ideal = milliseconds(self.call(name, tokens, self.sp(tokens, 1)))
+        call = self.call(name, tokens, self.sp(tokens, 1))
+        alone = ideal = together = milliseconds(call)
         if function is seqpar.softmax_attention and size > 1:
             whole = self.call(name, size * tokens, self.sp(size * tokens, 1))
             ideal = milliseconds(whole) / size
-        if size == 1:
-            return alone, ideal, alone
-        together = self.call(name, tokens, self.sp(tokens, size, kind), options)
-        return alone, ideal, milliseconds(together)
+        if size > 1:
+            call = self.call(name, tokens, self.sp(tokens, size, kind), options)
+            together = milliseconds(call)
+        return alone, ideal, together, self.bench.host_milliseconds(call, repeats)
 
     def call(
         self, name: str, tokens: int, sp: SequenceParallel, options: dict[str, str] | None = None
@@ -191,22 +195,23 @@ class Layers:
         self.bench.say(f"{self.letters} of {args.mixer}, {numbers / 1e9:.2f} billion parameters")
         return self._network
 
-    def step(self, tokens: int) -> tuple[float, float, float]:
-        """Of the training step: alone, ideal, together."""
+    def step(self, tokens: int) -> tuple[float, float, float, float]:
+        """Of the training step: alone, ideal, together, and the host's."""
         network, size = self.network(), self.comm.size
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=CUDA)
 
-        def time_of(sp: SequenceParallel) -> float:
-            work = partial(self.one_step, network, optimizer, tokens, sp)
-            return self.bench.milliseconds(work, self.args.repeats)
+        def step_of(size: int) -> Callable[[], None]:
+            return partial(self.one_step, network, optimizer, tokens, self.sp(tokens, size))
 
-        alone = ideal = together = time_of(self.sp(tokens, 1))
+        alone = ideal = together = self.bench.milliseconds(step_of(1), self.args.repeats)
         if size > 1:
-            together = time_of(self.sp(tokens, size))
+            together = self.bench.milliseconds(step_of(size), self.args.repeats)
+        host = self.bench.host_milliseconds(step_of(size), 3)
+        if size > 1:
             network.zero_grad()
             more = self.softmax(size * tokens) / size - self.softmax(tokens)
             ideal = alone + self.letters.count("N") * more
-        return alone, ideal, together
+        return alone, ideal, together, host
 
     def one_step(
         self, network: Any, optimizer: torch.optim.Optimizer, tokens: int, sp: SequenceParallel
@@ -218,9 +223,12 @@ class Layers:
         output, loss_of = forward_step(iter([batch]), network)
         loss, count, _ = loss_of(output)
         (loss / count).backward()
-        for parameter in network.parameters():
-            if sp.comm.size > 1 and parameter.grad is not None:
-                parameter.grad = sp.comm.all_reduce(parameter.grad)
+        if sp.comm.size > 1:
+            found = [x.grad for x in network.parameters() if x.grad is not None]
+            buffer = torch._utils._flatten_dense_tensors(found)
+            dist.all_reduce(buffer, group=sp.comm.group)
+            parts = torch._utils._unflatten_dense_tensors(buffer, found)
+            torch._foreach_copy_(found, list(parts))
         optimizer.step()
         optimizer.zero_grad()
 
