@@ -5,8 +5,8 @@
 #
 # Five minutes before the time limit, and when it is preempted, the run saves and goes back into the
 # queue; so it does after a node fails. It ends when it is trained, or at a mistake. What sbatch is
-# given on the command line replaces what follows; torchrun.sh beside this file says what else can be
-# set in the environment.
+# given on the command line replaces what follows; torchrun.sh beside this file says what else can
+# be set in the environment.
 #SBATCH --job-name seqpar
 #SBATCH --nodes 1
 #SBATCH --ntasks-per-node 1
@@ -26,7 +26,7 @@ export NNODES=$SLURM_JOB_NUM_NODES
 export JOB=seqpar-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
 export RENDEZVOUS=${RENDEZVOUS:-$first:$((29000 + SLURM_JOB_ID % 1000))}
 
-echo "$(date -Is) job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $NNODES nodes, $first"
+echo "$(date -Is) start $((${SLURM_RESTART_COUNT:-0} + 1)) of job $SLURM_JOB_ID: $NNODES nodes"
 srun --ntasks-per-node 1 bash "$launch/torchrun.sh" "$@" &
 step=$!
 trap 'echo "$(date -Is) asked to stop"; kill -USR1 "$step"' USR1 TERM

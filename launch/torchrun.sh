@@ -25,7 +25,7 @@ SEQPAR_EXIT_CODE_FILE=$(mktemp)
 export SEQPAR_EXIT_CODE_FILE
 trap 'rm -f "$SEQPAR_EXIT_CODE_FILE"' EXIT
 
-# torchrun's ranks would share its own store, whose address it does not tell a node that comes later.
+# torchrun would keep one store for all starts, and not tell a node that comes later where it is.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 torchrun=("${PYTHON:-python}" -m torch.distributed.run)
@@ -37,8 +37,8 @@ options=(
   --rdzv-id "${JOB:-seqpar}"
   --max-restarts "${MAX_RESTARTS:-3}"
 )
-# torchrun gives ranks half a minute after a signal, which may be too short to save: where it can be
-# told so, it leaves signals to this script.
+# torchrun gives ranks half a minute after a signal, which may be too short to save: where it can
+# be told so, it leaves signals to this script.
 if "${torchrun[@]}" --help 2>/dev/null | grep -q signals.to.handle; then
   options+=(--signals-to-handle SIGINT)
 fi
