@@ -14,8 +14,9 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata, util
 from pathlib import Path
 
@@ -31,10 +32,8 @@ GOOD, NOTE, BAD = "ok", "note", "FAULT"
 _NEEDED = {"torch": (2, 8), "megatron-core": (0, 16, 1), "omegaconf": (2, 4), "numpy": (1,)}
 _OPTIONAL = {
     "triton": "kernels for NVIDIA GPUs",
-    "transformer_engine": "Megatron's fused layers",
-    "flash_attn": "faster softmax attention",
+    "transformer_engine": "Megatron's fused Adam and clipping",
     "wandb": "log.wandb",
-    "tokenizers": "seqpar prepare --tokenizer",
 }
 
 
@@ -296,18 +295,35 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = load_config(args.config, args.overrides) if args.config else None
     except ValueError as error:
         sys.exit(f"error: {error}")
+    for module in ("megatron", "torch"):  # hints for developers of those, when they are imported
+        warnings.filterwarnings("ignore", module=module)
     findings = examine(config, control)
-    if control is None or control.rank == 0:
-        width = max(len(finding.what) for finding in findings)
-        for finding in findings:
-            print(f"{finding.level:>5}  {finding.what:<{width}}  {finding.found}")
-            if finding.remedy:
-                print(f"{'':>5}  {'':<{width}}  -> {finding.remedy}")
-    faults = sum(finding.level == BAD for finding in findings)
     if control is not None:
+        findings += _of_other_nodes(findings, control)
         control.barrier()
         dist.destroy_process_group()
+    faults = sum(finding.level == BAD for finding in findings)
+    if control is not None and control.rank > 0:
+        sys.exit(faults > 0)
+    width = max(len(finding.what) for finding in findings)
+    for finding in findings:
+        print(f"{finding.level:>5}  {finding.what:<{width}}  {finding.found}")
+        if finding.remedy:
+            print(f"{'':>5}  {'':<{width}}  -> {finding.remedy}")
     sys.exit(f"{faults} fault{'s' * (faults > 1)} to put right" if faults else 0)
+
+
+def _of_other_nodes(findings: list[Finding], control: Communicator) -> list[Finding]:
+    """What is not good on nodes other than the first rank's, once a node."""
+    own = (socket.gethostname(), findings)
+    nodes = dict(reversed(control.all_gather_object(own)))
+    first = control.broadcast_object(own[0])
+    return [
+        replace(finding, what=f"{name}: {finding.what}")
+        for name, found in nodes.items()
+        for finding in found
+        if name != first and finding.level != GOOD
+    ]
 
 
 if __name__ == "__main__":

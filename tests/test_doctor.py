@@ -141,3 +141,14 @@ def test_ranks_are_compared() -> None:
             (doctor.NOTE, "clocks"),
             (doctor.BAD, "versions"),
         ]
+
+
+def test_faults_of_other_nodes_are_told_by_the_first() -> None:
+    def look(rank: int) -> list[doctor.Finding]:
+        vars(socket)["gethostname"] = lambda: f"node{rank}"
+        own = [doctor.Finding(doctor.GOOD, "disk", "fast")]
+        own += [doctor.Finding(doctor.BAD, "GPU", "gone", "replace it")] * rank
+        return doctor._of_other_nodes(own, Communicator(dist.group.WORLD))
+
+    for findings in run_ranks(look, 2):
+        assert findings == [doctor.Finding(doctor.BAD, "node1: GPU", "gone", "replace it")]
