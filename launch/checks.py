@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import lcm
 
 from seqpar.exchange import EXCHANGES
-from seqpar.launch.config import Config
+from seqpar.launch.config import Config, check_choice
 from seqpar.softmax import METHODS
 
 _LEAST = {
@@ -25,6 +25,7 @@ _LEAST = {
     "optimizer.clip_grad": 0,
     "checkpoint.every": 0,
     "checkpoint.keep": 0,
+    "checkpoint.keep_hours": 0,
     "log.every": 1,
 }
 
@@ -67,12 +68,12 @@ def _check_names(config: Config) -> None:
         ("parallel.exchange", config.parallel.exchange, ["auto", *EXCHANGES]),
         ("parallel.softmax", config.parallel.softmax, ["auto", *METHODS]),
     ):
-        if value not in legal:
-            raise ValueError(f"{key}={value} must be one of {', '.join(legal)}")
+        check_choice(key, value, legal)
     resume = config.checkpoint.resume
-    if resume is not None and resume != "latest" and not resume.isdecimal():
+    if resume is not None and resume not in ("latest", "auto") and not resume.isdecimal():
         raise ValueError(
-            f'checkpoint.resume={resume} must be "latest" or the step of a checkpoint, such as 100'
+            f'checkpoint.resume={resume} must be "latest", "auto" or the step of a checkpoint, '
+            "such as 100"
         )
 
 

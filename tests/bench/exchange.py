@@ -4,7 +4,7 @@
         [--value 128] [--node-size RANKS] [--out DIR]
 
 Microseconds of the slowest rank. alone: one exchange, medians; on GPUs the time on the stream, the
-host launching ahead. On GPUs also in a row: one of many on the stream; in a graph: the same captured
+host launching ahead. On GPUs also in a row: one of many on the stream; in a graph: those captured
 and replayed. "bare all-gather" is NCCL's, of the states alone, into memory that is there. --out
 takes exchange.csv, a row as soon as it is measured, and exchange.png at the end.
 """

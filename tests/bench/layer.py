@@ -10,10 +10,10 @@ causal softmax, whose work a token grows with the sequence, the time that one GP
 whole sequence, divided by P. Efficiency is ideal / P GPUs.
 
 `step` is forward, backward and AdamW of a hybrid language model (GPTModel of Megatron-Core, bf16,
-each layer recomputed in the backward pass); gradients are summed over ranks at its end, with
-nothing beside. Without a GPU everything runs over gloo, on small sizes. --out takes layer.csv, a
-row as soon as it is measured, and layer.png at the end. --trace writes, of one layer of each kind,
-what the profiler saw, and draws which stream was at work when.
+each layer recomputed in the backward pass); gradients are summed over ranks at its end, in one
+message, with nothing beside. Without a GPU everything runs over gloo, on small sizes. --out takes
+layer.csv, a row as soon as it is measured, and layer.png at the end. --trace writes what the
+profiler saw of one layer of each kind, and draws which stream was at work when.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import seqpar
@@ -222,9 +223,12 @@ class Layers:
         output, loss_of = forward_step(iter([batch]), network)
         loss, count, _ = loss_of(output)
         (loss / count).backward()
-        for parameter in network.parameters():
-            if sp.comm.size > 1 and parameter.grad is not None:
-                parameter.grad = sp.comm.all_reduce(parameter.grad)
+        if sp.comm.size > 1:
+            found = [x.grad for x in network.parameters() if x.grad is not None]
+            buffer = torch._utils._flatten_dense_tensors(found)
+            dist.all_reduce(buffer, group=sp.comm.group)
+            parts = torch._utils._unflatten_dense_tensors(buffer, found)
+            torch._foreach_copy_(found, list(parts))
         optimizer.step()
         optimizer.zero_grad()
 
