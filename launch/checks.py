@@ -1,10 +1,12 @@
 """Rules that tie settings to each other and to the number of ranks, each with its remedy."""
 
+import re
 from dataclasses import dataclass
 from math import lcm
 
 from seqpar.exchange import EXCHANGES
 from seqpar.launch.config import Config, check_choice
+from seqpar.models.config import check_memory, check_sizes
 from seqpar.softmax import METHODS
 
 _LEAST = {
@@ -60,6 +62,7 @@ def check(config: Config, ranks: int) -> Sizes:
     _check_optimizer(config)
     sizes = _sizes(config, ranks)
     _check_lengths(config, sizes)
+    _check_model(config, sizes)
     return sizes
 
 
@@ -132,6 +135,23 @@ def _sizes(config: Config, ranks: int) -> Sizes:
         left // context,
         parallel.expert_tensor,
     )
+
+
+def _check_model(config: Config, sizes: Sizes) -> None:
+    check_memory(config.memory)
+    try:
+        check_sizes(
+            config.model,
+            tensor_parallel=sizes.tensor,
+            context_parallel=sizes.context,
+            pipeline_parallel=sizes.pipeline,
+            expert_parallel=sizes.expert,
+            expert_tensor_parallel=sizes.expert_tensor,
+            stages=config.parallel.stages,
+        )
+    except ValueError as error:  # names its arguments, here they are settings
+        told = re.sub(r"\b(\w+)_parallel=", r"parallel.\1=", str(error))
+        raise ValueError(re.sub(r"\bstages=", "parallel.stages=", told)) from None
 
 
 def _check_lengths(config: Config, sizes: Sizes) -> None:

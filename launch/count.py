@@ -5,13 +5,16 @@ what comes and goes within a layer is estimated. Documents are taken to be as lo
 and tokens to be spread evenly over experts. Imports neither torch nor Megatron.
 """
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 
 from seqpar.launch.checks import Sizes
 from seqpar.launch.config import Config
 from seqpar.models.config import ModelConfig, layer_mixers, resolved
+
+Parts = defaultdict[str, float]
+"""Bytes, or seconds, by what they are for."""
 
 RESERVED = 1.5 * 2**30
 """Bytes of a GPU that CUDA, NCCL and the kernels themselves take."""
@@ -197,9 +200,9 @@ class Count:
 
     # -- memory -----------------------------------------------------------------------------------
 
-    def kept(self) -> tuple[Counter[str], float]:
+    def kept(self) -> tuple[Parts, float]:
         """Bytes that one micro-batch keeps on the GPU, by kind; and in the host's memory."""
-        found: Counter[str] = Counter()
+        found: Parts = defaultdict(float)
         away, twice = 0.0, 0.0  # in the host's memory; the most of one layer of it
         tokens, memory = self.tokens, self.config.memory
         per_stage = len(self.mixers) // max(1, len(self.config.parallel.stages or [0]))
@@ -207,7 +210,7 @@ class Count:
             name = "softmax" if mixer == "softmax" else "linear"
             kind = f"{name} mixers"
             again, mlp_again = name in self.recomputed, "mlp" in self.recomputed
-            inputs: Counter[str] = Counter()
+            inputs: Parts = defaultdict(float)
             if again:
                 inputs[kind] += tokens * self.hidden
                 if name == "softmax":
@@ -225,10 +228,11 @@ class Count:
             elif not mlp_again:
                 found[self.mlp] += tokens * self.mlp_bytes
             if index % max(1, per_stage) < memory.offload_layers:
-                away += inputs.total()
-                twice = max(twice, inputs.total())
+                away += sum(inputs.values())
+                twice = max(twice, sum(inputs.values()))
             else:
-                found += inputs
+                for part, size in inputs.items():
+                    found[part] += size
         if away:
             found["on its way to the host"] = min(away, 2 * twice)
         if "softmax" in self.mixers:
@@ -305,7 +309,7 @@ class Count:
         """Of the host's memory, for what is offloaded."""
         return self.kept()[1] * min(self.microbatches, self.sizes.pipeline - self.rank)
 
-    # -- FLOPs of the forward pass of a micro-batch, on this rank -----------------------------------
+    # -- FLOPs of the forward pass of a micro-batch, on this rank ---------------------------------
 
     def mixer_flops(self, mixer: str) -> float:
         """Of the projections of one mixer."""
@@ -343,13 +347,3 @@ class Count:
         passes = 6 if mixer == "gated_deltanet" else 4
         state = m.num_heads * m.head_dim * m.value_head_dim
         return passes * state * self.tokens / self.sizes.tensor
-
-
-def step_flops(config: Config) -> float:
-    """Of a step of the whole run, forward and backward, nothing made again: what the model asks."""
-    count = Count(config, ALONE)
-    total = count.loss_flops
-    for mixer in count.mixers:
-        total += count.mixer_flops(mixer) + count.mlp_flops
-        total += count.attention_flops if mixer == "softmax" else count.state_flops(mixer)
-    return 3 * total * config.train.global_batch

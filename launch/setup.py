@@ -1,6 +1,5 @@
 """Builds what a training run consists of on this rank: groups, model, optimizer, schedule."""
 
-import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,21 +54,17 @@ def build(config: Config, sizes: Sizes, control: Communicator) -> Run:
     compat.install()
     device = device_of_this_rank()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
-    try:
-        model_config = transformer_config(
-            config.model,
-            tensor_parallel=sizes.tensor,
-            context_parallel=sizes.context,
-            pipeline_parallel=sizes.pipeline,
-            expert_parallel=sizes.expert,
-            expert_tensor_parallel=sizes.expert_tensor,
-            stages=config.parallel.stages,
-            sequence_parallel=sizes.tensor > 1,
-            dtype=dtype,
-        )
-    except ValueError as error:  # names its arguments, here they are settings
-        told = re.sub(r"\b(\w+)_parallel=", r"parallel.\1=", str(error))
-        raise ValueError(re.sub(r"\bstages=", "parallel.stages=", told)) from None
+    model_config = transformer_config(
+        config.model,
+        tensor_parallel=sizes.tensor,
+        context_parallel=sizes.context,
+        pipeline_parallel=sizes.pipeline,
+        expert_parallel=sizes.expert,
+        expert_tensor_parallel=sizes.expert_tensor,
+        stages=config.parallel.stages,
+        sequence_parallel=sizes.tensor > 1,
+        dtype=dtype,
+    )
     parallel_state.initialize_model_parallel(
         sizes.tensor,
         sizes.pipeline,

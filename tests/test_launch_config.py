@@ -178,7 +178,11 @@ def test_settings_that_do_not_fit_each_other(
         (8, [], Sizes(8, 1, 1, 1, 1)),
         (8, ["parallel.tensor=2"], Sizes(4, 2, 1, 1, 1)),
         (8, ["parallel.context=2", "train.global_batch=4"], Sizes(2, 1, 1, 1, 4)),
-        (8, ["parallel.pipeline=2", "parallel.expert=4"], Sizes(4, 1, 2, 4, 1)),
+        (
+            8,
+            ["parallel.pipeline=2", "parallel.expert=4", "model.num_experts=4"],
+            Sizes(4, 1, 2, 4, 1),
+        ),
     ],
 )
 def test_sizes(path: str, ranks: int, words: list[str], sizes: Sizes) -> None:
