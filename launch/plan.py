@@ -237,7 +237,7 @@ def describe(plan: Plan) -> str:
 
 def _rows(parts: dict[str, float], form: str) -> list[str]:
     rows = {**{part: x for part, x in parts.items() if x}, "total": sum(parts.values())}
-    return [f"  {part:<34} {x:10,{form}}" for part, x in rows.items()]
+    return [f"  {part:<38} {x:10,{form}}" for part, x in rows.items()]
 
 
 def _figures(plan: Plan) -> str:

@@ -1,13 +1,16 @@
 """What is counted from a configuration alone is what the real model holds and keeps."""
 
 import dataclasses
+import weakref
 from typing import Any
 
+import megatron_setup
 import pytest
 import torch
 from harness import run_ranks
 from megatron_setup import TOKENS, Rank, Setting, tiny
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqpar.launch.checks import Sizes
 from seqpar.launch.config import Config
@@ -80,8 +83,7 @@ def kept_bytes(rank: int, model: ModelConfig, setting: Setting) -> int:
 SHAPE = {"hidden_size": 64, "head_dim": 0, "ffn_hidden_size": 160, "num_experts": 0}
 
 
-@pytest.mark.parametrize("pattern", ["G", "D", "N", "GGDN"])
-@pytest.mark.parametrize("experts", [0, 8], ids=["dense", "moe"])
+@pytest.mark.parametrize(("pattern", "experts"), [("G", 0), ("D", 0), ("N", 0), ("GDN", 8)])
 @pytest.mark.parametrize("cut", ["alone", "cp2", "tp2"])
 def test_activations_are_what_the_model_keeps(
     pattern: str, experts: int, cut: str, monkeypatch: pytest.MonkeyPatch
@@ -105,6 +107,58 @@ def test_activations_are_what_the_model_keeps(
     found = run_ranks(kept_bytes, setting.context * setting.tensor, model, setting)
     for bytes_kept in found:
         assert bytes_kept == pytest.approx(wanted, rel=0.1)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made within it took at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, Tensor) and (key := x.untyped_storage()._cdata) not in self._known:
+                size = x.untyped_storage().nbytes()
+                self._known.add(key)
+                weakref.finalize(x.untyped_storage(), self._gone, key, size)
+                self.now += size
+                self.most = max(self.most, self.now)
+        return out
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def peak_bytes(rank: int, model: ModelConfig, setting: Setting) -> int:
+    state = Rank(model, setting)
+    batches = list(state.batches())
+    with Peak() as peak:
+        output, loss_of = forward_step(iter(batches), state.network)
+        loss_of(output)[0].backward()
+    return peak.most
+
+
+@pytest.mark.parametrize("again", [[], ["linear", "softmax", "mlp"]], ids=str)
+def test_the_peak_of_a_step_is_not_above_what_is_counted(
+    again: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEQPAR_KERNELS", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(megatron_setup, "TOKENS", 256)
+    model = tiny("GDN", **{**SHAPE, "head_dim": 0})
+    memory = MemoryConfig(recompute=again, mlp_tokens=64, keep_attention=False)
+    setting = Setting(documents=None, memory=memory)
+    config = config_of(model, setting)
+    config.data.sequence_length = 256
+    count = Count(config, ALONE)
+    counted = sum(count.kept()[0].values()) + max(count.working().values())
+    counted += 4 * parameters(config).total - 2 * count.state_bytes  # its shape is a GPU's
+    [most] = run_ranks(peak_bytes, 1, model, setting, timeout=300)
+    assert 0.75 * counted < most < 1.02 * counted
 
 
 def test_what_is_made_again_is_not_kept() -> None:
