@@ -92,7 +92,7 @@ class _Loss(torch.autograd.Function):
             chances.scatter_add_(-1, row[..., None], -inside.to(logs.dtype)[..., None])
             d_logits = chances.mul_(d_losses[at][..., None]).to(x.dtype)
             d_weight += d_logits.flatten(0, -2).T @ x.flatten(0, -2)
-            dx = (d_logits @ weight).movedim(0, 2)  # [ranks, tokens, b, h]
+            dx = (d_logits @ weight).movedim(0, 2).contiguous()  # [ranks, tokens, b, h]
             dx = comm.reduce_scatter(dx, KIND).wait() if cut else comm.all_reduce(dx[0], kind=KIND)
             d_hidden[first : first + len(dx)] = dx
             first += len(dx)
