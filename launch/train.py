@@ -4,13 +4,11 @@ One process without torchrun: `python -m seqpar.launch.train CONFIG [section.key
 """
 
 import argparse
-import logging
 import math
 import os
 import shlex
 import shutil
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from seqpar.launch.config import Config, load_config, to_yaml
 from seqpar.launch.failure import UserError, leave, together
 from seqpar.launch.metrics import METRICS
 from seqpar.launch.ranks import start_ranks
+from seqpar.launch.terminal import plain_messages
 
 
 @dataclass(frozen=True)
@@ -153,9 +152,7 @@ def main() -> None:
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, see launch/configs")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for module in ("megatron", "torch"):  # hints for developers of those, at every start
-        warnings.filterwarnings("ignore", module=module)
+    plain_messages()
     control = start_ranks()
     message = None
     try:
