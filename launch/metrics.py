@@ -1,6 +1,7 @@
 """Metrics on disk: JSON lines, TensorBoard, and the loss plot drawn from the former."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ class Recorder:
     def __init__(self, folder: Path, tensorboard: bool, first_step: int) -> None:
         self._file = (folder / METRICS).open("a")
         self._writer: Any = None
-        if tensorboard:
+        if tensorboard and find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
             # steps of a run that went on after its checkpoint and was killed are taken back

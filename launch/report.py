@@ -2,12 +2,14 @@
 
 import time
 from collections import deque
+from importlib.util import find_spec
 from pathlib import Path
 
 from seqpar.launch.checks import Sizes
 from seqpar.launch.config import Config
 from seqpar.launch.data import PackedStream
 from seqpar.launch.metrics import METRICS, Recorder, plot
+from seqpar.launch.packages import packages
 from seqpar.launch.step import StepResult
 
 
@@ -79,6 +81,7 @@ class Report:
             f"{len(corpus.lengths):,} documents; {train.steps} steps are "
             f"{train.steps * self.clock.tokens / corpus.tokens:.3g} epochs"
         )
+        self._say(packages())
         self._say(f"settings and everything else in {self._folder}")
         if self._first_step:
             self._say(f"resumed after step {self._first_step}")
@@ -131,7 +134,8 @@ class Report:
         if self._checkpoint:
             self._say(f"checkpoint  {self._checkpoint}")
         self._say(f"metrics     {self._folder / METRICS}")
-        self._say(f"loss plot   {plot(self._folder, self._entropy)}")
+        if find_spec("matplotlib"):
+            self._say(f"loss plot   {plot(self._folder, self._entropy)}")
         self._say(f"to resume   {resume}")
 
     def _say(self, line: str) -> None:
