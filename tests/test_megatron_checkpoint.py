@@ -154,7 +154,8 @@ def test_resumes_in_bfloat16_to_the_last_bit(tmp_path: Path) -> None:
 
 
 def test_bfloat16_resumes_with_the_other_optimizer(tmp_path: Path) -> None:
-    check("data, distributed", ["one"], tmp_path, 3e-2, dtype=torch.bfloat16)
+    """Passes are the same to the last bit; only sums of gradients, in fp32, have another order."""
+    check("data, distributed", ["one"], tmp_path, 1e-6, dtype=torch.bfloat16)
 
 
 def test_the_moments_matter_to_these_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
