@@ -42,8 +42,9 @@ def run_on_gpus(
     with tempfile.TemporaryDirectory() as folder:
         begin, outputs, ranks = time.monotonic(), [], []
         for rank in range(size):
+            paths = [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]
             environment = os.environ | {
-                "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
+                "PYTHONPATH": os.pathsep.join(filter(None, paths)),
                 "LOCAL_RANK": str(rank),
                 "LOCAL_WORLD_SIZE": str(size),
                 "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",  # takes its time
