@@ -7,6 +7,7 @@ from seqpar.exchange import EXCHANGES
 from seqpar.launch.config import Config
 from seqpar.softmax import METHODS
 
+_RECOMPUTABLE = ("core_attn", "layernorm", "mlp", "moe")
 _LEAST = {
     "train.steps": 1,
     "train.global_batch": 1,
@@ -69,6 +70,12 @@ def _check_names(config: Config) -> None:
     ):
         if value not in legal:
             raise ValueError(f"{key}={value} must be one of {', '.join(legal)}")
+    for name in config.train.recompute:
+        if name not in _RECOMPUTABLE:
+            raise ValueError(
+                f"train.recompute={config.train.recompute} must be of {', '.join(_RECOMPUTABLE)}, "
+                f"not {name}"
+            )
     resume = config.checkpoint.resume
     if resume is not None and resume != "latest" and not resume.isdecimal():
         raise ValueError(
