@@ -156,6 +156,7 @@ def test_files_that_do_not_do(tmp_path: Path, text: bytes, parts: list[str]) -> 
             ],
             "must be a multiple of 2 data-parallel times 2 pipeline ranks",
         ),
+        (1, ["train.recompute=[moe,mop]"], "must be of core_attn, layernorm, mlp, moe, not mop"),
         (1, ["parallel.exchange=rign"], "parallel.exchange=rign must be one of auto, "),
         (1, ["parallel.softmax=rign"], "parallel.softmax=rign must be one of auto, "),
         (1, ["checkpoint.resume=last"], 'checkpoint.resume=last must be "latest" or the step'),
