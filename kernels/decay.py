@@ -27,6 +27,7 @@ from seqpar.kernels.tuned import (
     padded,
     piece_tokens,
     run_config,
+    scan_rows,
 )
 
 
@@ -95,10 +96,11 @@ class TritonLinear:
 
         def make() -> Launch:
             batch, summaries, heads, DY, DZ = B.shape
-            rows = 8
+            chains = len(table) * batch * heads
+            rows = scan_rows(chains, DY, B.device)
             return Launch(
                 scan_kernel,
-                len(table) * batch * heads * ceil_div(DY, rows),
+                chains * ceil_div(DY, rows),
                 [batch, summaries, filled.shape[1], arriving.shape[1]],
                 HEADS=heads,
                 DY=DY,
@@ -108,6 +110,7 @@ class TritonLinear:
                 DECAY="key" if self.decay == "diagonal" else self.decay,
                 STEP=-1 if backwards else 1,
                 STORE=states is not None,
+                num_warps=max(1, rows * padded(DZ) // 256),
             )
 
         calls.once("scan", make)(A, B, arriving, filled, leaving, table)
@@ -183,7 +186,8 @@ class _Prepared:
 
         def make() -> Launch:
             chunks = passes.frames.levels.shape[1] if passes.frames else 0
-            config = fold_config(DY, DZ, z.dtype)
+            hopper = passes.hopper and passes.frames is None
+            config = fold_config(DY, DZ, z.dtype, hopper)
             blocks = ceil_div(DY, config.rows) * ceil_div(DZ, config.columns)
             operand, precision = products(z.dtype)
             return Launch(

@@ -76,13 +76,12 @@ def walk_back_kernel(
     C: tl.constexpr,
     DECAY: tl.constexpr,
     SUMMARY: tl.constexpr,
-    RESIDUAL: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Z of one piece, [B, T, H, DV], from the gradient of the state that leaves it. RESIDUAL, for
-    which R is needed: instead dX, and dβ, a share for each block of columns [B, H, blocks, T].
+    """dX of one piece, [B, T, H, DV], from the gradient of the state that leaves it, and dβ, a
+    share for each block of columns [B, H, blocks, T].
 
     SUMMARY: not those, but dB [B, N, H, DK, DV] of the pieces that a state enters, the gradient of
     that state if nothing comes from those that follow. `table`: `tables.piece_rows`, or
@@ -164,12 +163,9 @@ def walk_back_kernel(
         if not SUMMARY:
             out_at = out + rows[:, None] * (HEADS * DV) + v_cols[None, :]
             v_mask = mask[:, None] & (v_cols < DV)[None, :]
-            if RESIDUAL:
-                R = tl.load(r + out_at, mask=v_mask, other=0.0).to(tl.float32)
-                tl.store(shares + rows, tl.sum(Z * R, 1), mask=mask)
-                tl.store(dx + out_at, dX.to(dx.dtype.element_ty), mask=v_mask)
-            else:
-                tl.store(dx + out_at, Z.to(OPERAND).to(dx.dtype.element_ty), mask=v_mask)
+            R = tl.load(r + out_at, mask=v_mask, other=0.0).to(tl.float32)
+            tl.store(shares + rows, tl.sum(Z * R, 1), mask=mask)
+            tl.store(dx + out_at, dX.to(dx.dtype.element_ty), mask=v_mask)
         of_o = do_tile
         of_x = -dX
         if DECAY == "scalar":

@@ -189,7 +189,6 @@ def solve_kernel(
 def walk_kernel(
     plus,
     minus,
-    keys,
     v,
     beta,
     gate,
@@ -228,7 +227,6 @@ def walk_kernel(
     BV: tl.constexpr,
     C: tl.constexpr,
     DECAY: tl.constexpr,
-    KEYS: tl.constexpr,
     SUMMARY: tl.constexpr,
     RESIDUAL: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -240,9 +238,6 @@ def walk_kernel(
     SUMMARY: not those, but A [B, N, H, DK, DK] and B [B, N, H, DK, DV] of each piece. States and
     what is read of them are taken in two parts then, for a chain of many pieces must equal one
     piece. `table`: `tables.piece_rows`, or `tables.summary_rows`.
-
-    KEYS: V goes into the state by keys of its own, of the form of `minus`, and X is -(K⁺ S + P V)
-    with P the part of K⁺ Kᵀ below the diagonal (dplr_kernels.py).
     """
     FRAMED: tl.constexpr = DECAY == "frames"
     SPLIT: tl.constexpr = SUMMARY and tl.bfloat16 == OPERAND
@@ -284,8 +279,6 @@ def walk_kernel(
 
     plus += batch * kb + head // GROUP * kh + start * kt
     minus += batch * kb + head // GROUP * kh + start * kt
-    if KEYS:
-        keys += batch * kb + head // GROUP * kh + start * kt
     v += batch * vb + head * vh + start * vt
     beta += batch * bb + head * bh + start * bt
     gate += batch * gb + head * gh + start * gt
@@ -322,14 +315,7 @@ def walk_kernel(
             until, after, whole = _decays(gate, rows, mask, gt)
             read *= tl.exp(until)[:, None]
             state *= tl.exp(whole)
-        if KEYS:
-            v_tile = v_tile.to(OPERAND)
-            keys_tile = _tile(keys, rows, mask, cols, kt, DK, BK).to(OPERAND)
-            scores = tl.dot(plus_tile, tl.trans(keys_tile), input_precision=PRECISION)
-            scores = tl.where(index[:, None] > index[None, :], scores, 0.0).to(OPERAND)
-            X = -tl.dot(scores, v_tile, read, input_precision=PRECISION)
-        else:
-            X = v_tile.to(tl.float32) - read
+        X = v_tile.to(tl.float32) - read
         high = (rate * X).to(OPERAND)
         again = tl.dot(T, high, input_precision=PRECISION)
         if SPLIT:
@@ -350,8 +336,6 @@ def walk_kernel(
         state = tl.dot(tl.trans(high), minus_tile, state, input_precision=PRECISION)
         if SPLIT_ADDED:
             state = tl.dot(tl.trans(_low(U, high)), minus_tile, state)
-        if KEYS:
-            state = tl.dot(tl.trans(v_tile), keys_tile, state, input_precision=PRECISION)
         if FRAMED:
             state *= tl.exp2(tl.where(closes, half, 0.0))[None, :]
 

@@ -8,9 +8,11 @@ sum over the whole frame, let
 per channel. Then q'_i · k'_j is the decayed score, S' + Σ_j k'_j v_jᵀ is the state at the frame's
 end but for another factor e^M, and o_i = q'_iᵀ S' + Σ_j (q'_i · k'_j) v_j: a frame without decay,
 forwards and backwards. The delta rule reads the state by the keys as well; for that there is a
-second key, k⁺_i = k_i e^(G_i - M) (delta_kernels.py). Of DPLR, a and b are taken likewise, but a_i
-reads the state before token i decays it: a'_i = a_i e^(G_(i-1) - M), G being 0 before the frame
-(BEFORE).
+second key, k⁺_i = k_i e^(G_i - M) (delta_kernels.py).
+
+DPLR is the delta rule with two tokens for each of its own (PAIRS; dplr_triton.py). The second has
+q' and k', the first b' in place of k', and k⁺ = -a': a_i reads the state before token i decays it,
+so a'_i = a_i e^(G_(i-1) - M), G being 0 before the frame (BEFORE).
 
 Factors reach e^-M; so where a channel decays by more than REACH within C tokens, the frame is
 halved, down to 8 tokens. Decays beyond REACH / 8 count as that: e^-18 = 1.5e-8 of a state is left
@@ -104,13 +106,16 @@ def enter_kernel(
     C: tl.constexpr,
     HALVINGS: tl.constexpr,
     PLUS: tl.constexpr,
+    PAIRS: tl.constexpr,
     BEFORE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     """q', k' [B, T, H, DIM], halves and levels of one chunk. `table`: `tables.cut_rows`.
 
-    PLUS: k⁺ as well. BEFORE: q is a of DPLR, k is b.
+    PLUS: k⁺ as well. PAIRS: they are [B, T, 2, H, DIM]; the second of two are written, or BEFORE,
+    for a and b in place of q and k, the first, -a' and b'. Of the other, q' or -a' becomes 0.
     """
+    EVERY: tl.constexpr = 2 if PAIRS else 1
     pid = tl.program_id(0)
     head = pid % HEADS
     chunk = pid // HEADS % chunks
@@ -137,17 +142,22 @@ def enter_kernel(
 
     # a frame's last token is M from its middle
     size = C >> level
-    halves += ((batch * chunks + chunk) * (C // 8) * HEADS + head) * DIM
-    half_at = rows // size * (size // 8) * (HEADS * DIM)
+    halves += ((batch * chunks + chunk) * (C // 8 * EVERY) * HEADS + head) * DIM
+    half_at = rows // size * (size // 8 * EVERY) * (HEADS * DIM)
     known = columns < DIM
     last = (rows % size == size - 1)[:, None] & known[None, :]
     tl.store(halves + (half_at[:, None] + columns[None, :]), relative, mask=last)
-    out = ((batch * tokens + start) * HEADS + head) * DIM
-    at = rows[:, None] * (HEADS * DIM) + columns[None, :]
+    out = ((batch * tokens + start) * (EVERY * HEADS) + head) * DIM
+    at = rows[:, None] * (EVERY * HEADS * DIM) + columns[None, :]
     inside = mask[:, None] & known[None, :]
     grown = _exp2(relative, SPLIT)
     if BEFORE:
-        grown = _exp2(_relative(decays, level, C, SPLIT, True), SPLIT)
+        grown = -_exp2(_relative(decays, level, C, SPLIT, True), SPLIT)
+    if PAIRS:
+        other = out + HEADS * DIM if BEFORE else out
+        out = out if BEFORE else out + HEADS * DIM
+        nothing = tl.zeros([C, D], q_out.dtype.element_ty)
+        tl.store(q_out + other + at, nothing, mask=inside)
     tl.store(q_out + out + at, (q_tile * grown).to(q_out.dtype.element_ty), mask=inside)
     if PLUS:
         tl.store(plus_out + out + at, (k_tile * grown).to(plus_out.dtype.element_ty), mask=inside)
@@ -200,17 +210,15 @@ def leave_kernel(
     q,
     k,
     plus,
-    minus,
     dq,
     dk,
     d_plus,
-    d_minus,
     gate,
     flows,
     q_gradient,
     k_gradient,
-    plus_gradient,
-    minus_gradient,
+    a_gradient,
+    b_gradient,
     d_gate,
     levels,
     table,
@@ -226,17 +234,17 @@ def leave_kernel(
     D: tl.constexpr,
     C: tl.constexpr,
     PLUS: tl.constexpr,
-    BEFORE: tl.constexpr,
+    PAIRS: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     """Gradients of q, k and the decays [B, T, H, DIM] in one block, from those of q' and k'.
 
-    PLUS: and of k⁺. BEFORE: instead k⁺ is a' of DPLR and `minus` is b', with gradients of their
-    own.
+    PLUS: and of k⁺. PAIRS: and of a and b, from q', k' and k⁺ of `enter_kernel`'s pairs.
 
     flows [B, blocks, H, DIM]: <S, λ> at the end of each block (see decay_kernels.py). `table`:
-    `tables.cut_rows`. q_gradient may be q, and so on, and d_gate dq.
+    `tables.cut_rows`. But for pairs q_gradient may be q, and so on, and d_gate dq.
     """
+    EVERY: tl.constexpr = 2 if PAIRS else 1
     COLS: tl.constexpr = (DIM + D - 1) // D
     pid = tl.program_id(0)
     head = pid // COLS % HEADS
@@ -251,7 +259,6 @@ def leave_kernel(
     flow = flows + ((batch * blocks + block) * HEADS + head) * DIM + columns
     later = tl.load(flow, mask=columns < DIM, other=0.0)
     rows = tl.arange(0, C)
-    offsets = rows[:, None] * (HEADS * DIM) + columns[None, :]
     from_here = tl.where(rows[:, None] <= rows[None, :], 1.0, 0.0)
     count = tl.cdiv(length, C)
     for step in range(count):
@@ -259,7 +266,12 @@ def leave_kernel(
         origin = start + chunk * C
         mask = chunk * C + rows < length
         decays = _decays(gate + origin * gt, rows, mask, columns, gt, DIM, COLS * D)
-        at = ((batch * tokens + origin) * HEADS + head) * DIM + offsets
+        token = (batch * tokens + origin + rows)[:, None]
+        out = (token * HEADS + head) * DIM + columns[None, :]
+        a_at = (token * (EVERY * HEADS) + head) * DIM + columns[None, :]
+        at = a_at
+        if PAIRS:
+            at += HEADS * DIM
         inside = mask[:, None] & (columns < DIM)[None, :]
         q_tile = tl.load(q + at, mask=inside, other=0.0).to(tl.float32)
         k_tile = tl.load(k + at, mask=inside, other=0.0).to(tl.float32)
@@ -269,29 +281,29 @@ def leave_kernel(
         relative = _relative(decays, level, C, SPLIT)
         share = q_tile * dq_tile - k_tile * dk_tile
         if PLUS:
-            plus_tile = tl.load(plus + at, mask=inside, other=0.0).to(tl.float32)
-            d_plus_tile = tl.load(d_plus + at, mask=inside, other=0.0)
-            share += plus_tile * d_plus_tile
-        if BEFORE:
-            minus_tile = tl.load(minus + at, mask=inside, other=0.0).to(tl.float32)
-            d_minus_tile = tl.load(d_minus + at, mask=inside, other=0.0)
-            share -= minus_tile * d_minus_tile
+            plus_tile = tl.load(plus + a_at, mask=inside, other=0.0).to(tl.float32)
+            d_plus_tile = tl.load(d_plus + a_at, mask=inside, other=0.0)
+            of_plus = plus_tile * d_plus_tile
+            share += of_plus
+        if PAIRS:
+            b_tile = tl.load(k + a_at, mask=inside, other=0.0).to(tl.float32)
+            db_tile = tl.load(dk + a_at, mask=inside, other=0.0)
+            share -= b_tile * db_tile
         gradient = later[None, :] + _sum(from_here, share, SPLIT)
-        if BEFORE:
-            gradient -= plus_tile * d_plus_tile  # its own decay does not reach a token's a
+        if PAIRS:
+            gradient -= of_plus  # its own decay does not reach a token's a
         later += tl.sum(share, 0)
-        tl.store(d_gate + at, gradient, mask=inside)
+        tl.store(d_gate + out, gradient, mask=inside)
         grown = _exp2(relative, SPLIT)
         dq_tile *= grown
         shrunk = _exp2(-relative, SPLIT)
         dk_tile *= shrunk
-        if PLUS and not BEFORE:
+        if PAIRS:
+            d_plus_tile *= -_exp2(_relative(decays, level, C, SPLIT, True), SPLIT)
+            db_tile *= shrunk
+            tl.store(a_gradient + out, d_plus_tile.to(a_gradient.dtype.element_ty), mask=inside)
+            tl.store(b_gradient + out, db_tile.to(b_gradient.dtype.element_ty), mask=inside)
+        elif PLUS:
             dk_tile += d_plus_tile * grown
-        if BEFORE:
-            d_plus_tile *= _exp2(_relative(decays, level, C, SPLIT, True), SPLIT)
-            d_minus_tile *= shrunk
-            kind = plus_gradient.dtype.element_ty
-            tl.store(plus_gradient + at, d_plus_tile.to(kind), mask=inside)
-            tl.store(minus_gradient + at, d_minus_tile.to(kind), mask=inside)
-        tl.store(q_gradient + at, dq_tile.to(q_gradient.dtype.element_ty), mask=inside)
-        tl.store(k_gradient + at, dk_tile.to(k_gradient.dtype.element_ty), mask=inside)
+        tl.store(q_gradient + out, dq_tile.to(q_gradient.dtype.element_ty), mask=inside)
+        tl.store(k_gradient + out, dk_tile.to(k_gradient.dtype.element_ty), mask=inside)

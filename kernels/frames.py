@@ -1,6 +1,6 @@
 """Decay taken out of q and k, frame by frame, and its gradient (frame_kernels.py)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,9 +17,9 @@ from seqpar.kernels.tuned import ceil_div, frame_warps, padded
 class Frames:
     """q and k [B, T, HV, K] relative to their frames, and what says where those lie.
 
-    Or, as q and k, a and b of DPLR. plus: k⁺, if the delta rule asked for it, else k. chunk: tokens
-    of the longest frame. parts: steps and counts of the parts of frames, if it asked, else of
-    frames. The rest: see frame_kernels.py.
+    plus: k⁺, if the delta rule asked for it, else k. chunk: tokens of the longest frame. parts:
+    steps and counts of the parts of frames, if it asked, else of frames. every: 2 for DPLR, where
+    all tokens but those of its inputs are counted twice, else 1. The rest: see frame_kernels.py.
     """
 
     q: Tensor
@@ -31,6 +31,7 @@ class Frames:
     counts: Tensor
     parts: tuple[Tensor, Tensor]
     chunk: int
+    every: int
 
 
 def enter(
@@ -43,52 +44,54 @@ def enter(
     dtype: torch.dtype,
     plan: Once,
     parts: int | None = None,
-    beside: Frames | None = None,
+    pairs: tuple[Tensor, Tensor] | None = None,
 ) -> Frames:
     """The frames of q and k [B, T, H, K] under log decays [B, T, HV, K].
 
     block: for `tables.piece_rows`; chunk: 16, 32 or 64; dtype: of the new q and k; plan: of calls
     like this one; parts: for the delta rule, the most tokens that a part of a frame may have.
-    beside: q and k are a and b of DPLR, and these are its q and k under the same decays.
+    pairs: a and b [B, T, HV, K] of DPLR; block, chunk and parts count each token twice then.
     """
     batch, tokens, heads, _ = gate.shape
-    dim = k.shape[3]
-    table = plan.once("chunks", lambda: tables.cut_rows(pieces, chunk, chunk, q))
+    dim, every = k.shape[3], 1 if pairs is None else 2
+    size = chunk // every
+    table = plan.once("entering", lambda: tables.cut_rows(pieces, size, size, q))
     chunks, slots = len(table), len(table) * (chunk // 8)
-    rows = plan.once("pieces", lambda: tables.piece_rows(pieces, block, chunk, q))
+    rows = plan.once("pieces", lambda: tables.piece_rows(pieces.stretched(every), block, chunk, q))
 
     def factored() -> Tensor:
-        return torch.empty(batch, tokens, heads, dim, dtype=dtype, device=q.device)
+        return torch.empty(batch, every * tokens, heads, dim, dtype=dtype, device=q.device)
 
     q_out, k_out = factored(), factored()
     plus = factored() if parts else k_out
-    if beside is not None:  # the same again is written there
-        halves, levels = beside.halves, beside.levels
-    else:
-        halves = q.new_empty(batch, slots, heads, dim, dtype=torch.float32)
-        levels = q.new_empty(batch, chunks, heads, dtype=torch.int32)
+    halves = q.new_empty(batch, slots, heads, dim, dtype=torch.float32)
+    levels = q.new_empty(batch, chunks, heads, dtype=torch.int32)
 
-    def make_enter() -> Launch:
-        return Launch(
-            enter_kernel,
-            chunks * heads * batch,
-            [batch, tokens, chunks, *q.stride()[:3], *k.stride()[:3], *gate.stride()[:3]],
-            HEADS=heads,
-            GROUP=heads // q.shape[2],
-            DIM=dim,
-            D=padded(dim),
-            C=chunk,
-            HALVINGS=(chunk // 8).bit_length() - 1,
-            PLUS=parts is not None,
-            BEFORE=beside is not None,
-            SPLIT=dtype == torch.bfloat16,
-            num_warps=frame_warps(padded(dim), chunk) * (1 if beside is None else 2),
-        )
+    def start(x: Tensor, y: Tensor, x_out: Tensor, *, before: bool) -> None:
+        def make() -> Launch:
+            return Launch(
+                enter_kernel,
+                chunks * heads * batch,
+                [batch, tokens, chunks, *x.stride()[:3], *y.stride()[:3], *gate.stride()[:3]],
+                HEADS=heads,
+                GROUP=heads // x.shape[2],
+                DIM=dim,
+                D=padded(dim),
+                C=size,
+                HALVINGS=(size // 8).bit_length() - 1,
+                PLUS=parts is not None and pairs is None,
+                PAIRS=pairs is not None,
+                BEFORE=before,
+                SPLIT=dtype == torch.bfloat16,
+                num_warps=frame_warps(padded(dim), size) * (2 if before else 1),
+            )
 
-    start = plan.once(("enter", beside is None), make_enter)
-    start(q, k, gate, q_out, k_out, plus, halves, levels, table)
-    if beside is not None:
-        return replace(beside, q=q_out, k=k_out, plus=plus)
+        launch = plan.once(("enter", before), make)
+        launch(x, y, gate, x_out, k_out, plus, halves, levels, table)
+
+    start(q, k, q_out, before=False)
+    if pairs is not None:
+        start(*pairs, plus, before=True)
 
     def listed(most: int) -> tuple[Tensor, Tensor]:
         def make() -> Launch:
@@ -109,7 +112,7 @@ def enter(
 
     whole = listed(chunk)
     shorter = listed(parts) if parts and parts < chunk else whole
-    return Frames(q_out, k_out, plus, halves, levels, *whole, shorter, chunk)
+    return Frames(q_out, k_out, plus, halves, levels, *whole, shorter, chunk, every)
 
 
 def leave(
@@ -122,26 +125,28 @@ def leave(
     dtype: torch.dtype,
     plan: Once,
     d_plus: Tensor | None = None,
-    beside: tuple[Frames, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients of q, k and the decays [B, T, HV, K] from those of the frames' q and k, in fp32.
 
-    d_plus: the gradient of k⁺. flows: [B, blocks, HV, K], <S, λ> at the end of each block of the
-    table `blocks`. The frames' q and k and dq are written over. The gradients of q and k are of
-    `dtype`.
-
-    beside: of DPLR, the frames of a and b, and their gradients, which become those of a and b.
+    Of DPLR, those of a and b follow. d_plus: the gradient of k⁺. flows: [B, blocks, HV, K],
+    <S, λ> at the end of each block of the table `blocks`, of the inputs' tokens. All may be written
+    over. The gradients but the decays' are of `dtype`.
     """
-    batch, tokens, heads, dim = frames.k.shape
-    same = dtype == frames.q.dtype
-    q_gradient = frames.q if same else torch.empty_like(frames.q, dtype=dtype)
-    k_gradient = frames.k if same else torch.empty_like(frames.k, dtype=dtype)
-    plus, minus, d_minus = frames.plus, frames.k, dk
-    if beside is not None:
-        (plus, minus), (d_plus, d_minus) = (beside[0].q, beside[0].k), beside[1:]
+    batch, tokens, heads, dim = *gate.shape[:3], frames.k.shape[3]
+    size, pairs = frames.chunk // frames.every, frames.every == 2
+
+    def room(x: Tensor, dtype: torch.dtype) -> Tensor:
+        """In x's own room, where that is of this form."""
+        if x.dtype == dtype and not pairs:
+            return x
+        return x.new_empty(batch, tokens, heads, dim, dtype=dtype)
+
+    found = room(frames.q, dtype), room(frames.k, dtype)
+    more = (room(frames.plus, dtype), room(frames.k, dtype)) if pairs else ()
+    d_gate = room(dq, torch.float32)
 
     def make() -> Launch:
-        columns = min(padded(dim), 32 if beside is None else 16)  # tiles of more tensors
+        columns = min(padded(dim), 64 if pairs else 32)  # tiles of many tensors
         return Launch(
             leave_kernel,
             ceil_div(dim, columns) * len(blocks) * heads * batch,
@@ -149,16 +154,16 @@ def leave(
             HEADS=heads,
             DIM=dim,
             D=columns,
-            C=frames.chunk,
+            C=size,
             PLUS=d_plus is not None,
-            BEFORE=beside is not None,
+            PAIRS=pairs,
             SPLIT=frames.q.dtype == torch.bfloat16,
-            num_warps=frame_warps(columns, frames.chunk),
+            num_warps=frame_warps(columns, size),
             num_stages=1,
         )
 
     of_plus = dk if d_plus is None else d_plus
-    inputs = frames.q, frames.k, plus, minus, dq, dk, of_plus, d_minus, gate, flows
-    outputs = q_gradient, k_gradient, of_plus, d_minus, dq
+    inputs = frames.q, frames.k, frames.plus, dq, dk, of_plus, gate, flows
+    outputs = *found, *(more or found), d_gate
     plan.once("leave", make)(*inputs, *outputs, frames.levels, blocks)
-    return q_gradient, k_gradient, dq
+    return *found, d_gate, *more

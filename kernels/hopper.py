@@ -67,19 +67,21 @@ def _is_matrix(x: Tensor) -> bool:
     return x.stride(3) == 1 and rows and aligned and x.stride(1) > 0 and x.stride(2) > 0
 
 
-def tiles(*tensors: Tensor, width: int = 128) -> Callable[..., Iterable[TensorDescriptor]]:
+def tiles(
+    *tensors: Tensor, width: int = 128, rows: int = CHUNK
+) -> Callable[..., Iterable[TensorDescriptor]]:
     """Makes the descriptors of tensors like these, in tiles of at most `width` channels."""
-    forms = [_form(x, min(width, x.shape[3])) for x in tensors]
+    forms = [_form(x, rows, min(width, x.shape[3])) for x in tensors]
     return lambda *tensors: map(_descriptor, forms, tensors)
 
 
-def _form(x: Tensor, width: int) -> dict[str, Any]:
+def _form(x: Tensor, rows: int, width: int) -> dict[str, Any]:
     """All of a tensor's descriptor but the tensor."""
     batch, tokens, heads, dim = x.shape
     columns = (heads - 1) * x.stride(2) + dim
-    layout = gl.NVMMASharedLayout.get_default_for([CHUNK, width], DTYPES[x.dtype])
+    layout = gl.NVMMASharedLayout.get_default_for([rows, width], DTYPES[x.dtype])
     shape, strides = [batch * tokens, columns], [x.stride(1), 1]
-    return vars(TensorDescriptor(x, shape, strides, [CHUNK, width], layout)) | {"base": None}
+    return vars(TensorDescriptor(x, shape, strides, [rows, width], layout)) | {"base": None}
 
 
 def _descriptor(form: dict[str, Any], x: Tensor) -> TensorDescriptor:

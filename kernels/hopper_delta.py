@@ -1,6 +1,6 @@
 """The (gated) delta rule on Hopper, by kernels of its own, launched.
 
-The flow is that of delta_triton.py, in steps of 64 tokens. Those are the chunks of the passes, so
+The flow is that of walks.py, in steps of 64 tokens. Those are the chunks of the passes, so
 rounded scores are the same in all of them.
 """
 
@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from seqpar.kernels import tables
-from seqpar.kernels.delta_triton import DeltaPrepared
 from seqpar.kernels.hopper import CHUNK, tiles
 from seqpar.kernels.hopper_keys_kernels import keys_hopper_kernel
+from seqpar.kernels.hopper_scan_kernels import COLUMNS, scan_hopper_kernel
 from seqpar.kernels.hopper_solve_kernels import solve_hopper_kernel
 from seqpar.kernels.hopper_walk_back_kernels import walk_back_hopper_kernel
 from seqpar.kernels.hopper_walk_kernels import walk_hopper_kernel
-from seqpar.kernels.launch import Launch
+from seqpar.kernels.launch import Launch, plan
 from seqpar.kernels.passes import Traces, traced
+from seqpar.kernels.pieces import Pieces
+from seqpar.kernels.walks import DeltaPrepared
 
 # a thread, of the warpgroups that walk; the one that brings their tiles needs few
 REGISTERS = 232
@@ -87,7 +89,7 @@ class HopperDelta(DeltaPrepared):
         *,
         summary: bool = False,
     ) -> None:
-        T, _ = self.solved
+        T = self.solved[0]
 
         def make() -> Callable[..., None]:
             strides = (x.stride(2) for x in (self.q, self.plus, do))
@@ -117,8 +119,9 @@ class HopperDelta(DeltaPrepared):
         adjoints: Tensor,
         traces: Traces | None,
     ) -> Tensor:
-        """The gradient of k⁻; without frames, of k."""
-        passes, dk = self.passes, torch.empty_like(d_plus)
+        """The gradient of k⁻; without frames, of k, in d_plus's room."""
+        passes = self.passes
+        dk = d_plus if passes.frames is None else torch.empty_like(d_plus)
         saved, shares, flows = traced(traces, "dk", adjoints)
 
         def make() -> Callable[..., None]:
@@ -133,11 +136,11 @@ class HopperDelta(DeltaPrepared):
                 STAGES=2,
                 num_warps=self.minus.shape[3] // 16,
             )
-            tiled = tiles(u, do, dx, self.q, self.plus, dk)
-            return lambda *tensors: launch(*tiled(*tensors[:6]), *tensors[6:])
+            tiled = tiles(u, do, dx, self.q, self.plus, d_plus, dk)
+            return lambda *tensors: launch(*tiled(*tensors[:7]), *tensors[6:])
 
         keys = passes.calls.once(("keys", adjoints.shape[1]), make)
-        inputs = u, do, dx, self.q, self.plus, dk, d_plus, dk, passes.gate, adjoints, saved
+        inputs = u, do, dx, self.q, self.plus, d_plus, dk, passes.gate, adjoints, saved
         keys(*inputs, shares, flows, *passes.framed, passes.table)
         return dk
 
@@ -150,12 +153,14 @@ class HopperDelta(DeltaPrepared):
             "chunks", lambda: tables.cut_rows(passes.pieces, CHUNK, CHUNK, self.v)
         )
 
-        def make() -> Launch:
+        def make() -> Callable[..., None]:
             kept = {name: self._constants[name] for name in ("HEADS", "GROUP", "DK", "DECAY")}
-            numbers = [batch, tokens, len(table), *self.minus.stride()[:3], *self._at]
-            return Launch(
-                solve_hopper_kernel, len(table) * heads * batch, numbers, **kept, num_warps=1
+            numbers = [batch, tokens, len(table), self.minus.stride(2), *self._at]
+            launch = Launch(
+                solve_hopper_kernel, len(table) * heads * batch, numbers, **kept, num_warps=4
             )
+            tiled = tiles(self.plus, self.minus)
+            return lambda *tensors: launch(*tiled(*tensors[:2]), *tensors[2:])
 
         levels = table if passes.frames is None else passes.frames.levels
         solve = passes.calls.once("solve", make)
@@ -188,6 +193,47 @@ class HopperDelta(DeltaPrepared):
         }
 
 
-def _rows(T: Tensor) -> Tensor:
-    """T [B, H, T, 64] as one matrix, [1, rows, 1, 64]."""
-    return T.view(1, -1, 1, T.shape[3])
+def scan_states(
+    A: Tensor,
+    B: Tensor,
+    pieces: Pieces,
+    arriving: Tensor,
+    states: Tensor | None,
+    *,
+    backwards: bool,
+) -> Tensor:
+    """`family.Family.scan` for dense transitions."""
+    leaving = torch.zeros_like(arriving)
+    table = tables.run_rows(pieces, backwards, B)
+    if not len(table):
+        return leaving
+    filled = B if states is None else states
+    transposed = not A.is_contiguous()
+    if transposed:
+        A = A.mT.contiguous()  # which it is already
+    calls = plan(pieces, "dense", transposed, states is None, backwards, B, arriving, filled)
+
+    def make() -> Callable[..., None]:
+        batch, summaries, heads, K, V = B.shape
+        launch = Launch(
+            scan_hopper_kernel,
+            len(table) * batch * heads * V // COLUMNS.value,
+            [batch, summaries, filled.shape[1], arriving.shape[1]],
+            HEADS=heads,
+            DK=K,
+            DV=V,
+            STEP=-1 if backwards else 1,
+            STORE=states is not None,
+            TRANSPOSED=transposed,
+            num_warps=K // 16,
+        )
+        tiled = tiles(_rows(A), rows=K)
+        return lambda A, *tensors: launch(*tiled(_rows(A)), *tensors)
+
+    calls.once("scan", make)(A, B, arriving, filled, leaving, table)
+    return leaving
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A contiguous tensor as one matrix, [1, rows, 1, columns]."""
+    return x.view(1, -1, 1, x.shape[-1])

@@ -31,7 +31,7 @@ from seqpar.kernels.hopper_parts import (
 
 NUMBERS = ["scale", "batches", "tokens", "pieces", "chunks", "slots", "saves", "blocks"]
 NUMBERS += ["oh", "qh", "kh", "gb", "gt", "gh"]
-POINTERS = ["d_plus", "out_pointer", "gate", "leaving", "saved", "shares", "flows"]
+POINTERS = ["out_pointer", "gate", "leaving", "saved", "shares", "flows"]
 POINTERS += ["halves", "steps", "counts", "table"]
 
 
@@ -42,8 +42,8 @@ def keys_hopper_kernel(
     dx,
     q,
     plus,
-    out,
     d_plus,
+    out,
     out_pointer,
     gate,
     leaving,
@@ -80,8 +80,9 @@ def keys_hopper_kernel(
 ):
     """dK⁻ of one piece [B, T, H, DK]; but for frames dK⁺, `d_plus`, is added to it.
 
-    u, do, dx in tiles [C, DV]; q, plus, out in tiles [C, DK]. With scalar decay the shares of its
-    gradient [B, H, DK / 16, T] and flows [B, H, DK / 16, blocks] are sums over a warp's channels.
+    u, do, dx in tiles [C, DV]; q, plus, d_plus, out in tiles [C, DK]; out may be d_plus. With
+    scalar decay the shares of its gradient [B, H, DK / 16, T] and flows [B, H, DK / 16, blocks] are
+    sums over a warp's channels.
     """
     dtype: gl.constexpr = u.dtype
     FRAMED: gl.constexpr = DECAY == "frames"
@@ -125,9 +126,9 @@ def keys_hopper_kernel(
     plus_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, DK], plus.layout)
     score_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], dtype)
     score_tiles = gl.allocate_shared_memory(dtype, [2, C, C], score_layout)
-    out_tiles = q_tiles
-    if not FRAMED:  # fp32 goes out of the registers
-        out_tiles = gl.allocate_shared_memory(dtype, [1, C, DK], out.layout)
+    out_tile = q_tiles.index(0)
+    if not FRAMED:  # d_plus comes in and the sum goes out; fp32 goes out of the registers
+        out_tile = gl.allocate_shared_memory(dtype, [C, DK], out.layout)
     lines = score_tiles
     if SCALAR:
         lines = gl.allocate_shared_memory(gl.float32, [6, C], FLAT)
@@ -135,6 +136,8 @@ def keys_hopper_kernel(
         lines = gl.allocate_shared_memory(gl.float32, [2, DK], FLAT)
         halves += gl.arange(0, DK, CHANNELS)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    came = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(came, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
     fence_async_shared()
@@ -263,8 +266,11 @@ def keys_hopper_kernel(
         score_tiles.index(1).store(rounded(of_x))
         fence_async_shared()
         if not FRAMED:
-            tma.store_wait(0)  # of the step before, whose tile is written to below
+            tma.store_wait(0)  # of the step before, out of the same tile
         barrier()
+        if not FRAMED:
+            mbarrier.expect(came, d_plus.block_type.nbytes)
+            tma.async_copy_global_to_shared(d_plus, [origin + here, out_c], came, out_tile)
         mixed, high = warpgroup_mma_wait(0, deps=[mixed, high])
         if SPLIT:
             rest = gl.convert_layout(low(state, rounded(state)), READING)
@@ -320,11 +326,12 @@ def keys_hopper_kernel(
         if FRAMED:
             gl.store(out_pointer + at, -mixed, mask=inside)
         else:
-            mixed = gl.load(d_plus + at, mask=inside, other=0.0).to(gl.float32) - mixed
+            mbarrier.wait(came, step & 1)
+            mixed = out_tile.permute((1, 0)).load(MIXED).to(gl.float32) - mixed
             if size < C:
                 gl.store(out_pointer + at, mixed.to(out.dtype), mask=inside)
             else:
-                out_tiles.index(0).permute((1, 0)).store(rounded(mixed))
+                out_tile.permute((1, 0)).store(rounded(mixed))
         if SCALAR:
             coming_whole = write_decays(lines, 3 - 3 * even, coming_decays, 0.0, False)
         if FRAMED:
@@ -338,7 +345,7 @@ def keys_hopper_kernel(
         fence_async_shared()
         barrier()
         if not FRAMED and size == C:
-            tma.async_copy_shared_to_global(out, [origin + here, out_c], out_tiles.index(0))
+            tma.async_copy_shared_to_global(out, [origin + here, out_c], out_tile)
         if step + STAGES < count:
             row_at = origin + wanted // 4 * 8
             mbarrier.expect(ready.index(ring), BYTES)

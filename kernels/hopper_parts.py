@@ -2,6 +2,7 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name until Triton 3.6
@@ -32,6 +33,23 @@ def rounded(x):
 def low(x, high):
     """What rounding x to `high` left, rounded alike."""
     return rounded(x - high.to(gl.float32))
+
+
+@gluon.jit
+def _parts(x):
+    """x in two parts that tensor cores take whole, in TF32."""
+    high = (x.to(gl.int32, bitcast=True) & -8192).to(gl.float32, bitcast=True)
+    return high, x - high
+
+
+@gluon.jit
+def product(a, b, more):
+    """a b + more in fp32, to its accuracy."""
+    a_high, a_low = _parts(a)
+    b_high, b_low = _parts(b)
+    more = mma_v2(a_low, b_high, more, "tf32")
+    more = mma_v2(a_high, b_low, more, "tf32")
+    return mma_v2(a_high, b_high, more, "tf32")
 
 
 @gluon.jit

@@ -71,6 +71,18 @@ class Pieces(Once):
         orders = [range(*bounds)[::-1] for bounds in self.ranges]
         return _runs(orders, self.left, self.entered)
 
+    def stretched(self, times: int) -> "Pieces":
+        """The same pieces where each token is `times` tokens."""
+
+        def make() -> Pieces:
+            enters, leaves = (
+                [i in set(x) for i in range(len(self.spans))] for x in (self.entered, self.left)
+            )
+            spans = [(times * start, times * stop) for start, stop in self.spans]
+            return Pieces(spans, enters, leaves, self.ranges)
+
+        return self if times == 1 else self.once(("stretched", times), make)
+
     def passed(self, A: Tensor) -> Tensor:
         """A [B, entered, ...] of the pieces that a state enters, for A [B, left, ...].
 

@@ -224,7 +224,7 @@ def scan_kernel(
     stored = count
     if target >= 0:
         stored = count - 1
-    for i in tl.range(count, num_stages=4):
+    for i in tl.range(count, num_stages=6):
         place = (batch * summaries + first + i * STEP) * HEADS + head
         added = tl.load(B + place * SIZE + offsets, mask=inside, other=0.0)
         if DECAY == "scalar":

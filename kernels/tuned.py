@@ -29,8 +29,10 @@ def run_config(DY: int, DZ: int, dtype: torch.dtype) -> Config:
     return Config(padded(DY), columns, 32, 8 if DY > 128 else 4, 1 if wide else 2)
 
 
-def fold_config(DY: int, DZ: int, dtype: torch.dtype) -> Config:
-    """For the fold kernel."""
+def fold_config(DY: int, DZ: int, dtype: torch.dtype, hopper: bool) -> Config:
+    """For the fold kernel; hopper: with its shared memory."""
+    if hopper and DY == DZ == 128:
+        return Config(128, 128, 128, 8, 3)
     if dtype != torch.bfloat16:
         return Config(min(64, padded(DY)), min(64, padded(DZ)), 32, 4, 1)
     return Config(min(128, padded(DY)), min(128, padded(DZ)), 64, 4, 3)
@@ -51,12 +53,6 @@ def walk_config(
     return replace(found, columns=columns, stages=3 + 2 * framed if dtype == torch.bfloat16 else 1)
 
 
-def dplr_config(DY: int, DZ: int, dtype: torch.dtype, walks: int, device: torch.device) -> Config:
-    """For DPLR's walks and passes, where registers hold the tiles of more tensors."""
-    found = walk_config(DY, DZ, dtype, True, walks, device)
-    return found if DY <= 64 else replace(found, columns=16)
-
-
 def frame_warps(columns: int, chunk: int) -> int:
     """For a tile of the kernels of frame_kernels.py."""
     return max(4, columns * chunk // 2048)
@@ -69,6 +65,13 @@ def piece_tokens(tokens: int, programs: int, device: torch.device) -> int:
     """
     wanted = max(1, processors(device) // programs)
     return max(256, ceil_div(ceil_div(tokens, wanted), 64) * 64)
+
+
+def scan_rows(chains: int, rows: int, device: torch.device) -> int:
+    """How many of a state's rows a program takes through its chain of pieces, so that the chip is
+    full: what limits it is how many bytes are on their way."""
+    wanted = min(8, max(1, chains * rows // (4 * processors(device))))
+    return 1 << (wanted.bit_length() - 1)
 
 
 def delta_piece_tokens(tokens: int, heads: int, device: torch.device) -> int | None:

@@ -1,23 +1,35 @@
-"""What the delta rule and DPLR share on GPUs: their steps' systems solved, and the walks, launched.
+"""The delta rule on GPUs, of which DPLR is made as well: the Triton kernels, launched.
 
-See delta_kernels.py. Nothing is kept from the forward pass but the states that entered the pieces.
+See delta_kernels.py. Forward: solve the steps' systems, summarise the pieces that hand a state on,
+scan, walk for U; then o is linear attention's. Backward: the same, walk back for dX; dq and dk are
+linear attention's again. Nothing is kept from the forward pass but the states that entered the
+pieces.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from seqpar.kernels import tables
+from seqpar.kernels import frames, tables
 from seqpar.kernels.chunked import scan
-from seqpar.kernels.delta_back_kernels import walk_back_kernel
+from seqpar.kernels.delta_back_kernels import keys_kernel, walk_back_kernel
 from seqpar.kernels.delta_kernels import STEP, solve_kernel, walk_kernel
 from seqpar.kernels.launch import Launch
-from seqpar.kernels.passes import Passes, products
-from seqpar.kernels.pieces import Pieces
+from seqpar.kernels.passes import Passes, Traces, products, traced, ungroup
+from seqpar.kernels.pieces import Late, Pieces
 from seqpar.kernels.transition import Dense, Transition
-from seqpar.kernels.tuned import Config, ceil_div, delta_piece_tokens, dplr_config, walk_config
+from seqpar.kernels.tuned import (
+    HOPPER_WIDTHS,
+    Config,
+    ceil_div,
+    delta_piece_tokens,
+    is_hopper,
+    walk_config,
+)
 
 PART: int = STEP.value
 
@@ -42,16 +54,19 @@ class WalkFamily:
         *,
         backwards: bool,
     ) -> Tensor:
+        if is_hopper(B.device) and {A.shape[-1], B.shape[-1]} <= {*HOPPER_WIDTHS}:
+            from seqpar.kernels.hopper_delta import scan_states  # Gluon only where it is used
+
+            return scan_states(A, B, pieces, arriving, states, backwards=backwards)
         return scan(self.transition, A, B, pieces, arriving, states, backwards=backwards)
 
 
 @dataclass(slots=True)
-class Walks:
-    """Implements half of `seqpar.kernels.family.Prepared`: the maps of pieces.
+class DeltaPrepared:
+    """Implements `seqpar.kernels.family.Prepared`, on Hopper by hopper_delta.py's launches.
 
     operand: what products are formed of. q, plus, minus: q⁺, k⁺ and k⁻ of delta_kernels.py; without
-    decay q, k and k. keys: by which values are written, where those are not `minus`; beta is -1
-    then. given: the tensors of the call that some of these were made of.
+    decay q, k and k. given: the tensors of the call that some of these were made of.
     """
 
     passes: Passes
@@ -61,7 +76,6 @@ class Walks:
     q: Tensor
     plus: Tensor
     minus: Tensor
-    keys: Tensor | None
     v: Tensor
     beta: Tensor
     _solved: tuple[Tensor, ...] | None = field(default=None, init=False)
@@ -77,6 +91,58 @@ class Walks:
         if len(table):
             self._walk_back(do, do, do, B, B, B, table, summary=True)
         return B
+
+    def run(self, entering: Late) -> Tensor:
+        states = entering()
+        u = self._empty()
+        self._walk(u, u, states, states, states, self.passes.table)
+        self._solved = None  # its room is o's
+        operands = self.q, self.minus, u
+        return self.passes.run("o", operands, states, self.scale, self.v.dtype, exact=True)
+
+    def run_backward(
+        self, entering: Tensor, do: Tensor, leaving: Late, wanted: Sequence[bool]
+    ) -> list[Tensor | None]:
+        passes, found, given = self.passes, self.passes.frames, self.given
+        dq, dk, d_plus, dx, d_beta, traces = self.gradients(entering, do, leaving)
+        gradients: list[Tensor | None] = [d_beta.to(self.beta.dtype)]
+        if traces is not None:
+            if found is not None:
+                kept = passes.gate, traces.flows, passes.blocks, given[0].dtype, passes.calls
+                dq, dk, d_gate = frames.leave(found, dq, dk, *kept, d_plus)
+            else:
+                d_gate = passes.d_gate(traces)
+            gradients.append(d_gate.to(passes.gate.dtype))
+        return [*map(ungroup, (dq, dk), given), dx.to(self.v.dtype), *gradients]
+
+    def gradients(
+        self, entering: Tensor, do: Tensor, leaving: Late
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Traces | None]:
+        """Of q⁺, k⁻, k⁺, V and β, and what remains for that of the decays.
+
+        In fp32 if there are frames; without, that of k⁻ is of k, and has that of k⁺ in it.
+        """
+        passes, minus, found = self.passes, self.minus, self.passes.frames
+        decayed = passes.decay != "none"
+        dtype = self.given[0].dtype if found is None else torch.float32
+        u, r = self._empty(), self._empty()
+        self._walk(u, r, entering, entering, entering, passes.table, residual=True)
+        self._solved = self.solved[:1]  # T; what the walk alone needed makes room
+        traces = passes.traces(minus, self.v, self._key_lines) if decayed else None
+        # rounding would not cancel in the gradient of the decays
+        forth = partial(
+            passes.run, states=entering, dtype=dtype, transposed=True, split=decayed, exact=True
+        )
+        dq = forth("dq", (do, u, minus), scale=self.scale, other=self.q, traces=traces)
+        adjoints = leaving()
+        dx, d_beta = self._values_back(do, r, adjoints)
+        del r
+        self._solved = None  # their room is for what follows
+        of_plus = traces if found is None else None  # otherwise `frames.leave` finds its share
+        operands = dx, u, minus
+        d_plus = forth("d_plus", operands, scale=-1.0, strict=True, other=self.plus, traces=of_plus)
+        dk = self._keys_back(u, do, dx, d_plus, adjoints, traces)
+        return dq, dk, d_plus, dx, d_beta, traces
 
     def _summaries(self, *, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Room for A and B, and `tables.summary_rows`."""
@@ -102,8 +168,6 @@ class Walks:
         batch, _, heads, V = self.v.shape
         walks = batch * heads * len(self.passes.pieces.spans)
         K, dtype, device = self.minus.shape[3], self.v.dtype, self.v.device
-        if self.keys is not None:
-            return dplr_config(K, V, dtype, walks, device)
         return walk_config(K, V, dtype, self.passes.frames is not None, walks, device)
 
     def _walk(
@@ -124,14 +188,13 @@ class Walks:
             strides = (x.stride()[:3] for x in (self.minus, self.v, self.beta, self.passes.gate))
             numbers = [*self._counts(entering), *(stride for x in strides for stride in x)]
             given = self._constants | {"SUMMARY": summary, "RESIDUAL": residual}
-            given |= {"KEYS": self.keys is not None}
             columns = (x.shape[4] for x in ((A, B) if summary else (B,)))
             blocks = sum(ceil_div(count, self._config.columns) for count in columns)
             return Launch(walk_kernel, blocks * self._programs(table), numbers, **given)
 
         kind = "walk", summary, residual, entering.shape[1]
         walk = self.passes.calls.once(kind, make)
-        inputs = self.plus, self.minus, self._keys, self.v, self.beta, self.passes.gate
+        inputs = self.plus, self.minus, self.v, self.beta, self.passes.gate
         walk(*inputs, *self.solved, u, r, entering, A, B, *self._parts, table)
 
     def _walk_back(
@@ -146,14 +209,13 @@ class Walks:
         *,
         summary: bool = False,
     ) -> None:
-        """For dX and shares of dβ, of DPLR for dX alone, or summaries, of the pieces in `table`."""
+        """For dX and shares of dβ, or summaries, of the pieces in `table`."""
 
         def make() -> Launch:
             tensors = self.q, self.minus, do, self.beta, self.passes.gate
             strides = (s for x in tensors for s in x.stride()[:3])
             numbers = [self.scale, *self._counts(leaving), *strides]
-            residual = not summary and self.keys is None
-            given = self._constants | {"SUMMARY": summary, "RESIDUAL": residual}
+            given = self._constants | {"SUMMARY": summary}
             blocks = ceil_div(self.v.shape[3], self._config.columns)
             return Launch(walk_back_kernel, blocks * self._programs(table), numbers, **given)
 
@@ -161,10 +223,66 @@ class Walks:
         inputs = self.q, self.plus, self.minus, do, r, self.beta, self.passes.gate
         walk(*inputs, *self.solved, dx, shares, leaving, B, *self._parts, table)
 
+    def _values_back(self, do: Tensor, r: Tensor, adjoints: Tensor) -> tuple[Tensor, Tensor]:
+        """dX and dβ [B, T, HV, 1]."""
+        batch, tokens, heads, _ = r.shape
+        dx = self._empty()
+        shares = r.new_empty(batch, heads, self._value_lines, tokens, dtype=torch.float32)
+        self._walk_back(do, r, dx, shares, adjoints, adjoints, self.passes.table)
+        return dx, shares.sum(2).transpose(1, 2)[..., None]
+
     @property
-    def _keys(self) -> Tensor:
-        """By which values are written."""
-        return self.minus if self.keys is None else self.keys
+    def _value_lines(self) -> int:
+        """How many shares of dβ there are."""
+        return ceil_div(self.v.shape[3], self._config.columns)
+
+    @property
+    def _key_lines(self) -> int:
+        """How many shares of the decays' gradient the keys' kernel leaves."""
+        return ceil_div(self.minus.shape[3], self._keys_config.columns)
+
+    @property
+    def _keys_config(self) -> Config:
+        """Of the keys' kernel: rows of v, columns of k."""
+        (batch, _, heads, V), K = self.v.shape, self.minus.shape[3]
+        walks = batch * heads * len(self.passes.table)
+        framed = self.passes.frames is not None
+        return walk_config(V, K, self.v.dtype, framed, walks, self.v.device)
+
+    def _keys_back(
+        self,
+        u: Tensor,
+        do: Tensor,
+        dx: Tensor,
+        d_plus: Tensor,
+        adjoints: Tensor,
+        traces: Traces | None,
+    ) -> Tensor:
+        """The gradient of k⁻; without frames, of k, in d_plus's room."""
+        passes = self.passes
+        dk = d_plus if passes.frames is None else torch.empty_like(d_plus)
+        saved, shares, flows = traced(traces, "dk", adjoints)
+
+        def make() -> Launch:
+            tensors = do, self.q, self.plus, passes.gate
+            strides = (s for x in tensors for s in x.stride()[:3])
+            blocks = len(passes.blocks)
+            numbers = [self.scale, *self._counts(adjoints), saved.shape[1], blocks, *strides]
+            config = self._keys_config
+            given = self._constants | {
+                "BK": config.columns,
+                "BV": config.rows,
+                "SPAN": passes.block,
+                "num_warps": config.warps,
+                "STAGES": config.stages,
+            }
+            programs = self._key_lines * self._programs(passes.table)
+            return Launch(keys_kernel, programs, numbers, **given)
+
+        keys = passes.calls.once(("keys", adjoints.shape[1]), make)
+        tensors = u, do, dx, self.q, self.plus, d_plus, dk, passes.gate, adjoints, saved
+        keys(*tensors, shares, flows, *self._parts, passes.table)
+        return dk
 
     @property
     def solved(self) -> tuple[Tensor, ...]:
@@ -232,3 +350,12 @@ class Walks:
             "STAGES": config.stages,
             "num_warps": config.warps,
         }
+
+
+def prepared(passes: Passes, *rest: Any) -> DeltaPrepared:
+    """`DeltaPrepared`, or what does the same on Hopper if its passes are for that."""
+    if passes.hopper:
+        from seqpar.kernels.hopper_delta import HopperDelta  # Gluon only where it is used
+
+        return HopperDelta(passes, *rest)
+    return DeltaPrepared(passes, *rest)

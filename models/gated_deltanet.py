@@ -9,8 +9,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from seqpar import causal_conv1d, delta_attention
+from seqpar import causal_conv1d
+from seqpar.attention import start_delta_attention
 from seqpar.kernels.norm import unit
+from seqpar.kernels.pieces import Late
 from seqpar.models.mixer import SequenceMixer
 from seqpar.models.norm import GatedHeadNorm
 from seqpar.models.sequence import SequenceParallelParams
@@ -47,12 +49,13 @@ class GatedDeltaNet(SequenceMixer):
         **_: Any,
     ) -> None:
         qkv_widths = [head_dim, head_dim, value_head_dim]
-        widths = [sum(qkv_widths), value_head_dim, 1, 1]
+        widths = [sum(qkv_widths), 1, 1]
         super().__init__(
             config,
             heads=num_heads,
-            in_width=sum(widths),
+            in_width=sum(widths) + value_head_dim,
             out_width=value_head_dim,
+            late_width=value_head_dim,
             layout=layout,
             pg_collection=pg_collection,
         )
@@ -65,14 +68,16 @@ class GatedDeltaNet(SequenceMixer):
         self.dt_bias = self.head_parameter(step + (-(-step).expm1()).log())  # softplus gives step
         self.norm = GatedHeadNorm(config, value_head_dim, self.tp_group)
 
-    def mix(self, x: Tensor, hidden_states: Tensor, params: SequenceParallelParams) -> Tensor:
-        """See SequenceMixer."""
-        qkv, gate, beta, a = x.split(self.widths, -1)
+    def mix(
+        self, x: Tensor, late: Late, hidden_states: Tensor, params: SequenceParallelParams
+    ) -> Tensor:
+        """See SequenceMixer; the output's gate is late."""
+        qkv, beta, a = x.split(self.widths, -1)
         taps = self.conv_weight.flatten(0, 1)
         qkv = causal_conv1d(qkv, taps, activation="silu", sp=params.sp)
         q, k, v = qkv.split(self.qkv_widths, -1)
         step = F.softplus(a.squeeze(-1).float() + self.dt_bias.float())
-        out = delta_attention(
+        finish = start_delta_attention(
             unit(q),
             unit(k),
             v,
@@ -80,4 +85,5 @@ class GatedDeltaNet(SequenceMixer):
             -self.A_log.float().exp() * step,
             sp=params.sp,
         )
-        return self.norm(out, gate)
+        gate = late()
+        return self.norm(finish(), gate)

@@ -8,7 +8,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from seqpar import linear_attention
+from seqpar.attention import start_linear_attention
+from seqpar.kernels.pieces import Late
 from seqpar.models.mixer import SequenceMixer
 from seqpar.models.norm import GatedHeadNorm
 from seqpar.models.sequence import SequenceParallelParams
@@ -46,12 +47,13 @@ class GatedLinearAttention(SequenceMixer):
         pg_collection: ProcessGroupCollection,
         **_: Any,
     ) -> None:
-        widths = [head_dim, head_dim, value_head_dim, value_head_dim]
+        widths = [head_dim, head_dim, value_head_dim]
         super().__init__(
             config,
             heads=num_heads,
-            in_width=sum(widths),
+            in_width=sum(widths) + value_head_dim,
             out_width=value_head_dim,
+            late_width=value_head_dim,
             layout=layout,
             pg_collection=pg_collection,
         )
@@ -66,10 +68,14 @@ class GatedLinearAttention(SequenceMixer):
         self.decay_up = self.column_linear(gate_rank, num_heads * head_dim, bias=True)
         self.norm = GatedHeadNorm(config, value_head_dim, self.tp_group)
 
-    def mix(self, x: Tensor, hidden_states: Tensor, params: SequenceParallelParams) -> Tensor:
-        """See SequenceMixer."""
-        q, k, v, gate = x.split(self.widths, -1)
+    def mix(
+        self, x: Tensor, late: Late, hidden_states: Tensor, params: SequenceParallelParams
+    ) -> Tensor:
+        """See SequenceMixer; the output's gate is late."""
+        q, k, v = x.split(self.widths, -1)
         logits, _ = self.decay_up(self.decay_down(hidden_states))
         logits = logits.transpose(0, 1).unflatten(-1, (self.heads, -1))
         log_decay = F.logsigmoid(logits.float()) / DECAY_TEMPERATURE
-        return self.norm(linear_attention(q, k, v, log_decay, sp=params.sp), gate)
+        finish = start_linear_attention(q, k, v, log_decay, sp=params.sp)
+        gate = late()
+        return self.norm(finish(), gate)

@@ -6,9 +6,11 @@ parallelism cuts the hidden states once more between the projections).
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
@@ -22,7 +24,9 @@ from megatron.core.transformer.utils import (
     sharded_state_dict_default,
 )
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from seqpar.kernels.pieces import Late
 from seqpar.models.config import check_divides
 from seqpar.models.sequence import CallSequence, SequenceParallelParams
 
@@ -40,6 +44,7 @@ class SequenceMixer(MegatronModule, ABC):
             `in_width` numbers, and gives its part of the `out_width`.
         in_width, out_width: numbers a head takes from `in_proj`, and gives to `out_proj`. Both
             weights are laid out head by head, so a checkpoint fits any tensor-parallel size.
+        late_width: how many of these, the last, `mix` asks for late.
         layout: how the sequence is cut over the context-parallel ranks where the caller passes no
             SequenceParallelParams, see CallSequence.
         pg_collection: the process groups; tp and cp are used.
@@ -57,6 +62,7 @@ class SequenceMixer(MegatronModule, ABC):
         heads: int,
         in_width: int,
         out_width: int,
+        late_width: int = 0,
         shared: bool = False,
         layout: str | None,
         pg_collection: ProcessGroupCollection,
@@ -74,6 +80,7 @@ class SequenceMixer(MegatronModule, ABC):
         check_divides("tensor_model_parallel_size", ranks, "heads", heads * self.share)
         check_divides("the ranks of a head", self.share, "the width of a head", in_width)
         self.heads = heads * self.share // ranks
+        self.head_widths = [in_width - late_width, late_width]
         # Megatron's selective recomputation; what is exchanged is exchanged once more then.
         selective = config.recompute_granularity == "selective"
         self.recomputes = selective and "core_attn" in config.recompute_modules
@@ -90,11 +97,15 @@ class SequenceMixer(MegatronModule, ABC):
         )
 
     @abstractmethod
-    def mix(self, x: Tensor, hidden_states: Tensor, params: SequenceParallelParams) -> Tensor:
+    def mix(
+        self, x: Tensor, late: Late, hidden_states: Tensor, params: SequenceParallelParams
+    ) -> Tensor:
         """The layer between its projections.
 
         Args:
-            x: [b, s, local heads, in_width], the output of `in_proj`.
+            x: [b, s, local heads, in_width - late_width], the output of `in_proj`.
+            late: gives the rest of it, [b, s, local heads, late_width]; called between the two
+                halves of a recurrence, it may be projected while states travel.
             hidden_states: [s, b, h], the layer's input (cut over tensor-parallel ranks with
                 Megatron's sequence parallelism).
             params: how the sequence is cut.
@@ -118,19 +129,38 @@ class SequenceMixer(MegatronModule, ABC):
                 ...), or a sequence cut in a way that is not said.
         """
         self._refuse(attention_mask=attention_mask, **inputs)
+        cut = self.config.sequence_parallel
+        tokens = hidden_states.shape[0] * (self.tp_group.size() if cut else 1)
+        params = self.sequence(packed_seq_params, tokens)
+        recomputes = self.recomputes and self.training
+        # Two products cost tensor-parallel ranks two reductions, and would be recomputed.
+        apart = params.sp.exchanges and self.tp_group.size() == 1 and not recomputes
+        if apart and self.head_widths[1] and isinstance(self.in_proj, _Linear):
+            early, late = self.in_proj(hidden_states, self.head_widths)
+            x = self._by_head(early)
+            y = self.mix(x, lambda: self._by_head(late()), hidden_states, params)
+        else:
+            x = self._project(hidden_states)
+
+            def mix(x: Tensor, hidden_states: Tensor) -> Tensor:
+                x, late = x.split(self.head_widths, -1)
+                return self.mix(x, lambda: late, hidden_states, params)
+
+            y = checkpoint(mix, False, x, hidden_states) if recomputes else mix(x, hidden_states)
+        out, _ = self.out_proj(y.flatten(2).transpose(0, 1).contiguous())
+        return out, None
+
+    def _project(self, hidden_states: Tensor) -> Tensor:
+        """[s, b, h] -> [b, s, local heads, in_width]."""
         projected, _ = self.in_proj(hidden_states)
-        params = self.sequence(packed_seq_params, projected.shape[0])
         if self.share > 1:
             whole = all_gather_last_dim_from_tensor_parallel_region(projected, self.tp_group)
             heads = self.tp_group.size() // self.share
             projected = whole.chunk(heads, -1)[self.tp_group.rank() // self.share]
-        x = projected.transpose(0, 1).unflatten(-1, (self.heads, -1))
-        if self.recomputes and self.training:
-            y = checkpoint(lambda x, h: self.mix(x, h, params), False, x, hidden_states)
-        else:
-            y = self.mix(x, hidden_states, params)
-        out, _ = self.out_proj(y.flatten(2).transpose(0, 1).contiguous())
-        return out, None
+        return self._by_head(projected)
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1).unflatten(-1, (self.heads, -1))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -155,7 +185,7 @@ class SequenceMixer(MegatronModule, ABC):
 
     def column_linear(self, in_size: int, out_size: int, bias: bool = False) -> Any:
         """A Megatron linear layer whose output is cut over the tensor-parallel ranks."""
-        return ColumnParallelLinear(
+        return _Linear(
             in_size,
             out_size,
             config=self.config,
@@ -183,3 +213,43 @@ class SequenceMixer(MegatronModule, ABC):
                     f"{name} is given, {type(self).__name__} cannot use it: it attends causally "
                     "within the documents of its layout, in training; pass None"
                 )
+
+
+class _Linear(ColumnParallelLinear):
+    """Megatron's, which can also give what it has for each head in two products.
+
+    Both by a call of the module, for hooks hang on it: Megatron's wait there for parameters that
+    are gathered during the forward pass.
+    """
+
+    def forward(self, x: Tensor, head_widths: Sequence[int] | None = None) -> tuple[Tensor, Any]:
+        """head_widths: how many numbers of a head come now, and from the function returned."""
+        if head_widths is None:
+            return super().forward(x)
+        by_head = self.weight.unflatten(0, (-1, sum(head_widths)))
+        early, late = by_head.split(head_widths, 1)
+        y, again = _Project.apply(x, early.flatten(0, 1))
+        return y, lambda: F.linear(again, late.flatten(0, 1))
+
+
+class _Project(torch.autograd.Function):
+    """x [..., I] and weight [O, I] -> x weightᵀ, and x for another product: the gradients of x are
+    added up within the product that gives this one's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight), x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dx: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wanted_x, wanted_weight = ctx.needs_input_grad
+        rows = dy.reshape(-1, dy.shape[-1])
+        if wanted_x:  # nobody else has this gradient of the other product
+            dx = dx.contiguous()
+            dx.view(-1, dx.shape[-1]).addmm_(rows, weight)
+        d_weight = rows.mT @ x.reshape(-1, x.shape[-1]) if wanted_weight else None
+        return dx if wanted_x else None, d_weight

@@ -8,6 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from seqpar import softmax_attention
+from seqpar.kernels.pieces import Late
 from seqpar.models.mixer import SequenceMixer
 from seqpar.models.sequence import SequenceParallelParams
 
@@ -84,7 +85,9 @@ class SoftmaxAttention(SequenceMixer):
         self.method = method
         self.rotary_dim = int(dim * rope_fraction) // 2 * 2
 
-    def mix(self, x: Tensor, hidden_states: Tensor, params: SequenceParallelParams) -> Tensor:
+    def mix(
+        self, x: Tensor, late: Late, hidden_states: Tensor, params: SequenceParallelParams
+    ) -> Tensor:
         """See SequenceMixer; a head of x is a group of query heads with their key and value."""
         q, k, v = x.split(self.widths, -1)
         q = q.chunk(self.share, -1)[self.tp_group.rank() % self.share]

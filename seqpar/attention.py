@@ -5,6 +5,7 @@ from torch import Tensor
 from seqpar.checks import check_qkv
 from seqpar.context import SequenceParallel
 from seqpar.kernels.choose import choose_delta, choose_dplr, choose_linear
+from seqpar.kernels.pieces import Late
 from seqpar.recurrence import recurrence
 
 
@@ -38,6 +39,23 @@ def linear_attention(
 
     Raises:
         ValueError: shapes or dtypes that do not fit each other or the layout.
+    """
+    return start_linear_attention(q, k, v, log_decay, scale=scale, sp=sp)()
+
+
+def start_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    sp: SequenceParallel | None = None,
+) -> Late:
+    """`linear_attention` in two halves: the returned function, called once, gives o.
+
+    What is done in between runs while states travel between ranks, and what autograd records of it
+    is differentiated while their gradients do.
     """
     _check(q, k, v, sp)
     gates = [] if log_decay is None else [_check_decay(log_decay, k, v, constant=True)]
@@ -75,6 +93,20 @@ def delta_attention(
     Raises:
         ValueError: shapes or dtypes that do not fit each other or the layout.
     """
+    return start_delta_attention(q, k, v, beta, log_decay, scale=scale, sp=sp)()
+
+
+def start_delta_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    sp: SequenceParallel | None = None,
+) -> Late:
+    """`delta_attention` in two halves, as `start_linear_attention`."""
     _check(q, k, v, sp)
     if beta.shape != v.shape[:3]:
         raise ValueError(f"beta is {_shape(beta)}, it must be [B, T, HV] = {_shape(v[..., 0])}")
@@ -118,7 +150,7 @@ def dplr_attention(
             raise ValueError(f"{name} is {_shape(x)}, it must be [B, T, HV, K] = {wanted}")
         _check_floating(name, x)
     family = choose_dplr(k, v)
-    return recurrence("dplr_attention", family, q, k, v, [a, b, log_decay], _scale(scale, q), sp)
+    return recurrence("dplr_attention", family, q, k, v, [a, b, log_decay], _scale(scale, q), sp)()
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, sp: SequenceParallel | None) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from seqpar.kernels.softmax import block_backward, block_forward, merge
+from seqpar.kernels.softmax import block_backward, block_forward, merge, uses_cudnn
 from seqpar.layout import Segment
 
 
@@ -59,9 +59,13 @@ def attend(
     causal: bool,
     scale: float,
     source: Source,
+    whole: bool,
 ) -> Tensor:
-    """o [B, T, H, D] for the queries q of `segments`, over what `source` makes of k and v."""
-    return _Attend.apply(q, k, v, segments, causal, scale, source)
+    """o [B, T, H, D] for the queries q of `segments`, over what `source` makes of k and v.
+
+    whole: whether the stream is one document, so that each call has the same blocks.
+    """
+    return _Attend.apply(q, k, v, segments, causal, scale, source, uses_cudnn(q, whole))
 
 
 class _Attend(torch.autograd.Function):
@@ -75,30 +79,40 @@ class _Attend(torch.autograd.Function):
         causal: bool,
         scale: float,
         source: Source,
+        cudnn: bool,
     ) -> Tensor:
         rows = q.transpose(1, 2)  # [B, H, T, D]
         precise = torch.float64 if q.dtype == torch.float64 else torch.float32
-        o = torch.zeros_like(rows, dtype=precise)
-        lse = rows.new_full(rows.shape[:3], -torch.inf, dtype=precise)
+        found: dict[tuple[int | None, int], tuple[Tensor, Tensor]] = {}
+        places = {}
         for part in source.parts(k, v, q.shape[2] // k.shape[2]):
             for here, there, square in _blocks(segments, part.ranges, causal):
                 at = (slice(None), part.queries, here)
                 out, sums = block_forward(
-                    rows[at], part.keys[:, :, there], part.values[:, :, there], square, scale
+                    rows[at], part.keys[:, :, there], part.values[:, :, there], square, scale, cudnn
                 )
-                o[at], lse[at] = merge(o[at], lse[at], out.to(precise), sums.to(precise))
-        out = o.to(q.dtype).transpose(1, 2)
+                sums = sums.to(precise)
+                place = part.queries.start, here.start
+                if place in found:
+                    o, lse = found[place]
+                    out, sums = merge(o.to(precise), lse, out.to(precise), sums)
+                found[place], places[place] = (out, sums), at
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        lse = rows.new_empty(rows.shape[:3], dtype=precise)
+        for place, at in places.items():
+            out.transpose(1, 2)[at], lse[at] = found.pop(place)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.plan = segments, causal, scale, source
+        ctx.plan = segments, causal, scale, source, cudnn
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        segments, causal, scale, source = ctx.plan
+        segments, causal, scale, source, cudnn = ctx.plan
         rows, outs, grads = (x.transpose(1, 2) for x in (q, out, do))
-        dq = torch.zeros_like(rows, dtype=lse.dtype)
+        found: dict[tuple[int | None, int], Tensor] = {}
+        places = {}
         for part in source.parts_backward(k, v, q.shape[2] // k.shape[2], lse.dtype):
             assert part.gradients is not None
             for here, there, square in _blocks(segments, part.ranges, causal):
@@ -109,15 +123,22 @@ class _Attend(torch.autograd.Function):
                     part.keys[:, :, there],
                     part.values[:, :, there],
                     outs[at],
-                    lse[at].contiguous(),  # the GPU's operator takes its strides for granted
+                    lse[at],
                     square,
                     scale,
+                    cudnn,
                 )
-                dq[at] += block_dq
+                place = part.queries.start, here.start
+                if place in found:
+                    block_dq = found[place].to(lse.dtype).add_(block_dq)
+                found[place], places[place] = block_dq, at
                 part.gradients[0, :, :, there] += dk
                 part.gradients[1, :, :, there] += dv
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        for place, at in places.items():
+            dq.transpose(1, 2)[at] = found.pop(place)
         dk, dv = source.gradients()
-        return dq.transpose(1, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *[None] * 4
+        return dq, dk.to(k.dtype), dv.to(v.dtype), *[None] * 5
 
 
 def _blocks(

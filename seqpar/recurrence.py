@@ -4,6 +4,7 @@ The scan of states runs at three levels, the same algebra at each: chunks within
 kernels), segments within a rank (here), ranks (the exchange).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,68 +27,108 @@ def recurrence(
     gates: list[Tensor],
     scale: float,
     sp: SequenceParallel | None,
-) -> Tensor:
-    """o [B, T, HV, V] of this rank's tokens, for q, k [B, T, H, K], v, and gates [B, T, HV, D].
+) -> Late:
+    """Start on the tokens of this rank: q, k [B, T, H, K], v, and gates [B, T, HV, D].
+
+    What the caller does before it calls the returned function, once, for o [B, T, HV, V] runs while
+    states travel between ranks; its backward pass, while their gradients do: autograd takes what
+    was recorded last first.
 
     name: the public function's, for messages.
     """
-    sp = sp or alone(q.shape[1])
+    call = _Call(name, family, sp or alone(q.shape[1]), scale)
     with torch.cuda.device_of(q):  # where Triton launches; nothing on a CPU
-        return _Recurrence.apply(name, family, sp, scale, q, k, v, *gates)
+        start = _Start.apply(call, q, k, v, *gates)
+
+    def finish() -> Tensor:
+        with torch.cuda.device_of(q):
+            return _Finish.apply(call, start)
+
+    return finish
 
 
-class _Recurrence(torch.autograd.Function):
-    """Forward: summarise, exchange, run. Backward: the same with gradients, in the other order.
+class _Call:
+    """One call in two halves each way: the first ends where an exchange is under way.
 
-    Both directions run their exchange on every rank, whether or not its result matters there: a
-    rank that left the collective out would leave the others waiting.
+    Forward: summarise, exchange, run. Backward: the same with gradients, in the other order. Both
+    directions run their exchange on every rank, whether or not its result matters there: a rank
+    that left the collective out would leave the others waiting.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        name: str,
-        family: Family,
-        sp: SequenceParallel,
-        scale: float,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *gates: Tensor,
-    ) -> Tensor:
-        pieces = sp.pieces(sp.segment_tokens or family.piece_tokens(k, v))
+    def __init__(self, name: str, family: Family, sp: SequenceParallel, scale: float) -> None:
+        self.name, self.family, self.sp, self.scale = name, family, sp, scale
+        self._half: list[Any] = []  # what the first half leaves to the second
+
+    def start(self, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor) -> None:
+        family, sp = self.family, self.sp
+        self.pieces = pieces = sp.pieces(sp.segment_tokens or family.piece_tokens(k, v))
         states = _states(k, v, len(pieces.entered))
         if sp.exchanges:
-            sp.enter(name, q=q, v=v)
+            sp.enter(self.name, q=q, v=v)
         entering, A = _ready(states), None
-        prepared = family.prepare(q, k, v, gates, scale, pieces)
+        prepared = family.prepare(q, k, v, gates, self.scale, pieces)
         if pieces.left or sp.exchanges:
             A, B = prepared.summarize()
             entering = _scan(family, sp, pieces, A, B, states, backwards=False)
+        self._half = [prepared, entering, (q, k, v, states, A, *gates)]
+
+    def finish(self, ctx: Any) -> Tensor:
+        prepared, entering, saved = self._half
+        self._half = []
         o = prepared.run(entering)
-        ctx.save_for_backward(q, k, v, states, A, *gates)  # the states are filled by now
-        ctx.plan = name, family, sp, pieces, scale
+        ctx.save_for_backward(*saved)  # the states are filled by now
         return o
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+    def start_backward(self, ctx: Any, do: Tensor) -> None:
         q, k, v, entering, A, *gates = ctx.saved_tensors
-        name, family, sp, pieces, scale = ctx.plan
+        family, sp, pieces = self.family, self.sp, self.pieces
         do = do.contiguous()
         if do.data_ptr() % 16:  # kernels load 16 bytes at once
             do = do.clone()
         adjoints = _states(k, v, len(pieces.left))
         leaving = _ready(adjoints)
         if sp.exchanges:
-            sp.enter(f"backward of {name}", q=q, v=v)
-        prepared = family.prepare(q, k, v, gates, scale, pieces)
+            sp.enter(f"backward of {self.name}", q=q, v=v)
+        prepared = family.prepare(q, k, v, gates, self.scale, pieces)
         if pieces.entered or sp.exchanges:
             dB = prepared.summarize_backward(do)
             back = family.transition.adjoint(pieces.passed(A))
             leaving = _scan(family, sp, pieces, back, dB, adjoints, backwards=True)
-        wanted = ctx.needs_input_grad[-len(gates) :] if gates else ()
-        return None, None, None, None, *prepared.run_backward(entering, do, leaving, wanted)
+        self._half = [prepared, entering, do, leaving]
+
+    def finish_backward(self, wanted: Sequence[bool]) -> list[Tensor | None]:
+        """wanted: whether a gradient is, of the call, q, k, v and each gate."""
+        prepared, *rest = self._half
+        self._half = []
+        return [None, *prepared.run_backward(*rest, wanted[4:])]
+
+
+class _Start(torch.autograd.Function):
+    """The first half forwards, the second backwards; an empty tensor links it to `_Finish`."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *inputs: Tensor) -> Tensor:
+        ctx.call = call
+        call.start(*inputs)
+        return inputs[0].new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(ctx.call.finish_backward(ctx.needs_input_grad))
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, start: Tensor) -> Tensor:
+        ctx.call = call
+        return call.finish(ctx)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor) -> tuple[None, Tensor]:
+        ctx.call.start_backward(ctx, do)
+        return None, do.new_empty(0)
 
 
 def _scan(

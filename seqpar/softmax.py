@@ -32,8 +32,8 @@ def softmax_attention(
         k, v: [B, T, HK, D]; HK divides H (grouped-query heads).
         causal: whether a token attends only to itself and those before it.
         scale: multiplies q; D**-0.5 by default.
-        method: how keys and values meet queries. "allgather": one kv head of the whole stream at a
-            time (arXiv 2407.21783), causal work balanced by trading half of the queries with the
+        method: how keys and values meet queries. "allgather": some kv heads of the whole stream at
+            a time (arXiv 2407.21783), causal work balanced by trading half of the queries with the
             mirror rank; "ring": passed from rank to rank (2310.01889), balanced under the zigzag
             layout; "ulysses": whole sequences of some heads (2309.14509); "auto": by cost.
         sp: how the sequence is cut over ranks; None when this rank holds whole sequences.
@@ -60,11 +60,12 @@ def softmax_attention(
     source = Ring(sp) if method == "ring" else Gather(sp)
     held = _traded(layout) if causal and method == "allgather" else layout.ranges
     segments = [s for found in layout.cut(held(sp.rank)) for s in found]
+    whole = len(layout.documents) == 2
     if held == layout.ranges:
-        return attend(q, k, v, segments, causal, scale, source)
+        return attend(q, k, v, segments, causal, scale, source, whole)
     there = sp.once(("queries", q.device), lambda: Routes(layout.ranges, held, sp.comm, q.device))
     back = sp.once(("o", q.device), lambda: Routes(held, layout.ranges, sp.comm, q.device))
-    o = attend(fetch(q, there, sp.comm, "queries"), k, v, segments, causal, scale, source)
+    o = attend(fetch(q, there, sp.comm, "queries"), k, v, segments, causal, scale, source, whole)
     return fetch(o, back, sp.comm, "queries")
 
 

@@ -1,6 +1,7 @@
 """Where the keys and values of softmax attention come from: gathered, or round a ring."""
 
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from seqpar.comm import Pending
 from seqpar.context import SequenceParallel
 
 KIND = "kv"
+ROOM = 1 << 30  # bytes of gathered keys and values with their gradients
 
 
 class Gather:
-    """Keys and values of the whole stream, one kv head at a time, the next one already under way.
+    """Keys and values of the whole stream, some kv heads at a time, the next already under way.
 
-    Their gradients go back by one reduce-scatter a head (all-gather attention, arXiv 2407.21783).
+    Their gradients go back by reduce-scatters (all-gather attention, arXiv 2407.21783).
+    One rank has them all: nothing is gathered.
     """
 
     def __init__(self, sp: SequenceParallel) -> None:
@@ -25,41 +28,52 @@ class Gather:
         self._returning: list[Pending] = []
 
     def parts(self, k: Tensor, v: Tensor, group: int) -> Iterator[Part]:
-        layout = self._sp.layout
+        layout, comm = self._sp.layout, self._sp.comm
+        if comm.size == 1:
+            yield Part(slice(None), k.transpose(1, 2), v.transpose(1, 2), layout.ranges(0))
+            return
 
-        def start(head: int) -> Pending:
-            mine = torch.stack([k[:, :, head], v[:, :, head]])  # [2, B, T, D]
-            return self._sp.comm.all_gather(_padded(mine, self._longest), KIND)
+        def start(heads: slice) -> Pending:
+            mine = torch.stack([k[:, :, heads], v[:, :, heads]]).transpose(2, 3)
+            return comm.all_gather(_padded(mine, self._longest), KIND)  # [2, B, heads, T, D]
 
-        pending = start(0)
-        for head in range(k.shape[2]):
+        steps = self._steps(k)
+        pending = start(steps[0])
+        for heads, following in zip_longest(steps, steps[1:]):
             shards = pending.wait()
-            if head + 1 < k.shape[2]:
-                pending = start(head + 1)
-            held = [x[:, :, :size] for x, size in zip(shards, layout.shard_sizes, strict=True)]
-            keys, values = layout.unshard(held, dim=2)[:, :, None]  # [B, 1, total, D] each
-            queries = slice(head * group, (head + 1) * group)
+            if following is not None:
+                pending = start(following)
+            held = [x[..., :size, :] for x, size in zip(shards, layout.shard_sizes, strict=True)]
+            keys, values = layout.unshard(held, dim=3)  # [B, heads, total, D] each
+            queries = slice(heads.start * group, heads.stop * group)
             yield Part(queries, keys, values, [(0, layout.total_tokens)])
 
     def parts_backward(
         self, k: Tensor, v: Tensor, group: int, precise: torch.dtype
     ) -> Iterator[Part]:
-        layout = self._sp.layout
+        layout, comm = self._sp.layout, self._sp.comm
         self._sp.enter("backward of softmax_attention by gathering", k=k)
         self._returning.clear()
         for part in self.parts(k, v, group):
             part.gradients = part.keys.new_zeros(2, *part.keys.shape, dtype=precise)
             yield part
-            whole = part.gradients[:, :, 0]  # [2, B, total, D]
-            shards = [layout.shard(whole, rank, dim=2) for rank in range(layout.world_size)]
+            ranks = range(comm.size)
+            shards = [layout.shard(part.gradients, rank, dim=3) for rank in ranks]
             by_rank = torch.stack([_padded(shard, self._longest) for shard in shards])
-            self._returning.append(self._sp.comm.reduce_scatter(by_rank, KIND))
+            self._returning.append(comm.reduce_scatter(by_rank, KIND))
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         tokens = self._sp.layout.local_tokens(self._sp.rank)
-        dk, dv = torch.stack([x.wait()[:, :, :tokens] for x in self._returning], 3)
+        dk, dv = torch.cat([x.wait()[..., :tokens, :] for x in self._returning], 2).transpose(2, 3)
         self._returning.clear()
         return dk, dv
+
+    def _steps(self, k: Tensor) -> list[slice]:
+        """kv heads at a time: a quarter, that transfers may overlap, as long as there is room."""
+        heads, (dim, precise) = k.shape[2], (k.shape[3], max(k.element_size(), 4))
+        one = 2 * k.shape[0] * self._sp.layout.total_tokens * dim * (k.element_size() + precise)
+        count = max(1, min(heads // 4, ROOM // one))
+        return [slice(first, min(first + count, heads)) for first in range(0, heads, count)]
 
 
 class Ring:

@@ -40,21 +40,20 @@ def ulysses(
         layout=Layout(sp.layout.total_tokens, 1, "contiguous", sp.layout.cu_seqlens)
     )
     segments = [s for found in alone.layout.segments(0) for s in found]
+    whole = len(sp.layout.documents) == 2
     first, stop = mine(sp.rank)
+    kv_first, kv_stop = kv_mine(sp.rank)
+    kv_heads = list(range(kv_first, kv_stop))
+    steps = [slice(head, head + 1) for head in kv_heads]  # of several, some served in part
+    if (first, stop) == (kv_first * group, kv_stop * group):
+        steps = [slice(kv_first, kv_stop)] if kv_heads else []
     outs = [whole_q[:, :, :0]]  # a rank without heads takes part in the backward exchange too
-    for at, head in enumerate(range(*kv_mine(sp.rank))):
-        served = slice(max(head * group, first) - first, min((head + 1) * group, stop) - first)
-        one = slice(at, at + 1)
+    for step in steps:
+        served = slice(max(step.start * group - first, 0), min(step.stop * group, stop) - first)
+        own = slice(step.start - kv_first, step.stop - kv_first)
+        kv = whole_k[:, :, own], whole_v[:, :, own]
         outs.append(
-            attend(
-                whole_q[:, :, served],
-                whole_k[:, :, one],
-                whole_v[:, :, one],
-                segments,
-                causal,
-                scale,
-                Gather(alone),
-            )
+            attend(whole_q[:, :, served], *kv, segments, causal, scale, Gather(alone), whole)
         )
     return _FromHeads.apply(torch.cat(outs, 2), mine, heads, sp)
 

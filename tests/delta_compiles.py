@@ -16,23 +16,22 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from seqpar.kernels import delta_back_kernels, delta_kernels, dplr_kernels, frame_kernels
-from seqpar.kernels.tuned import Config, dplr_config, frame_warps, walk_config
+from seqpar.kernels import delta_back_kernels, delta_kernels, frame_kernels
+from seqpar.kernels.tuned import frame_warps, walk_config
 
 Trial = tuple[str, Any, int, dict[str, object]]  # name, kernel, warps, constants
 
 COUNTS = {"batches", "tokens", "pieces", "chunks", "slots", "saves", "blocks"}
 FP32 = {"entering", "leaving", "A", "B", "halves", "shares", "saved", "flows", "gate"}
-FP32 |= {"dq", "dk", "d_minus", "d_gate", "plus_gradient", "minus_gradient"}
+FP32 |= {"dq", "dk", "d_gate"}
 INT32 = {"levels", "steps", "counts", "table"}
 
 
 def compile_for(kernel: Any, dtype: str, warps: int, **given: Any) -> Any:
-    """For Hopper, as the launches of walks.py, delta_triton.py and dplr_triton.py would."""
+    """For Hopper, as the launches of walks.py and frames.py would."""
     names = kernel.arg_names
     constants = {name: value for name, value in given.items() if name in names}
     wide = kernel is delta_back_kernels.keys_kernel and given["DECAY"] == "frames"
-    wide |= kernel is dplr_kernels.pairs_kernel and given["TWO"]
     wide |= kernel is frame_kernels.leave_kernel
     signature, divisible = {}, {}
     for i, name in enumerate(names):
@@ -46,7 +45,7 @@ def compile_for(kernel: Any, dtype: str, warps: int, **given: Any) -> Any:
                 divisible[(i,)] = [["tt.divisibility", 16]]
         else:
             kind = "i32" if name in INT32 else "fp32" if name in FP32 else dtype
-            kind = "fp32" if wide and name in ("d_plus", "out", "out1", "out2") else kind
+            kind = "fp32" if wide and name in ("d_plus", "out") else kind
             signature[name] = f"*{kind}"
             divisible[(i,)] = [["tt.divisibility", 16]]
     places = {(names.index(name),): value for name, value in constants.items()}
@@ -55,28 +54,13 @@ def compile_for(kernel: Any, dtype: str, warps: int, **given: Any) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
-def dplr_trials(K: int, config: Config, split: bool) -> list[Trial]:
-    """What DPLR has of its own."""
-    common: dict[str, object] = {"BK": config.rows, "BV": config.columns, "C": 32, "GROUP": 1}
-    kernel, trials = delta_kernels.walk_kernel, list[Trial]()
-    for summary in (False, True):
-        more = common | {"SUMMARY": summary, "RESIDUAL": False, "KEYS": True}
-        name = "dplr_walkAB" if summary else "dplr_walk"
-        trials.append((name, kernel, config.warps, more))
-    more = common | {"SUMMARY": False, "RESIDUAL": False}
-    trials.append(("dplr_walk_back", delta_back_kernels.walk_back_kernel, config.warps, more))
-    kernel = dplr_kernels.pairs_kernel
-    for name in ("o", "dq", "dv", "dk"):
-        more = {"DY": K, "DZ": K, "BY": config.rows, "BZ": config.columns, "C": 32}
-        more |= {"REVERSE": name in ("dv", "dk"), "TWO": name in ("dq", "dk")}
-        trials.append((f"dplr_{name}", kernel, config.warps, more))
-    frame: dict[str, object] = {"DIM": K, "C": 32, "BEFORE": True, "SPLIT": split}
-    more = frame | {"GROUP": 1, "D": config.rows, "HALVINGS": 2, "PLUS": False}
-    warps = 2 * frame_warps(config.rows, 32)
-    trials.append(("dplr_enter", frame_kernels.enter_kernel, warps, more))
-    more = frame | {"D": 16, "PLUS": True, "num_stages": 1}
-    trials.append(("dplr_leave", frame_kernels.leave_kernel, frame_warps(16, 32), more))
-    return trials
+def frame_trials(K: int, split: bool) -> list[Trial]:
+    """Into the frames of DPLR and out of them again."""
+    frame: dict[str, object] = {"DIM": K, "C": 32, "PAIRS": True, "SPLIT": split}
+    more = frame | {"GROUP": 1, "D": K, "HALVINGS": 2, "PLUS": False, "BEFORE": True}
+    enter: Trial = ("enter", frame_kernels.enter_kernel, 2 * frame_warps(K, 32), more)
+    more = frame | {"D": 32, "PLUS": True, "num_stages": 1}
+    return [enter, ("leave", frame_kernels.leave_kernel, frame_warps(32, 32), more)]
 
 
 def main() -> None:
@@ -110,13 +94,12 @@ def main() -> None:
         trials += [("keys", delta_back_kernels.keys_kernel, config.warps, keys)]
         back = delta_back_kernels.walk_back_kernel
         for summary in (False, True):
-            more = walk | {"SUMMARY": summary, "RESIDUAL": not summary}
+            more = walk | {"SUMMARY": summary}
             trials += [("walk_backB" if summary else "walk_back", back, config.warps, more)]
-            name, more = "walkAB" if summary else "walk", more | {"KEYS": False}
+            name, more = "walkAB" if summary else "walk", more | {"RESIDUAL": not summary}
             trials += [(name, delta_kernels.walk_kernel, config.warps, more)]
         if decay == "frames":
-            config = dplr_config(K, K, dtype, 1000, torch.device("cpu"))
-            trials += dplr_trials(K, config, kind == "bf16")
+            trials += frame_trials(K, kind == "bf16")
         for name, kernel, warps, more in trials:
             compiled = compile_for(kernel, kind, warps, **(common | more))
             shared = compiled.metadata.shared

@@ -26,7 +26,7 @@ SIZES = [
 
 def draws(tokens: int) -> int:
     """How many sequences are drawn: errors of few numbers are a matter of chance."""
-    return max(1, min(16, 1024 // tokens))
+    return max(1, min(16, 4096 // tokens))
 
 
 def differentiate(

@@ -42,11 +42,12 @@ def run_on_gpus(
     with tempfile.TemporaryDirectory() as folder:
         begin, outputs, ranks = time.monotonic(), [], []
         for rank in range(size):
-            paths = [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]
+            found = os.environ.get("PYTHONPATH", "").split(os.pathsep)
             environment = os.environ | {
-                "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+                "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), *filter(None, found)]),
                 "LOCAL_RANK": str(rank),
                 "LOCAL_WORLD_SIZE": str(size),
+                "PYTHONUNBUFFERED": "1",  # what a rank said before it was killed
                 "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",  # takes its time
             }
             words = [module, function, str(rank), str(size), f"{folder}/store", str(group_timeout)]

@@ -7,7 +7,6 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -20,7 +19,7 @@ from seqpar.kernels.hopper_walk_kernels import walk_hopper_kernel
 
 INT32 = {"steps", "counts", "table", "levels"}
 FP32 = {"beta", "gate", "entering", "leaving", "A", "B", "halves", "shares", "saved", "flows"}
-BF16 = {"u_pointer", "r_pointer", "dx_pointer", "out_pointer", "d_plus"}
+BF16 = {"u_pointer", "r_pointer", "dx_pointer", "out_pointer", "solved", "w"}
 
 
 def compile_for(
@@ -39,16 +38,13 @@ def compile_for(
             signature[name] = "constexpr"
         elif name in FP32 | fp32:
             signature[name] = "*fp32"
-        elif name in INT32 | BF16 or (kernel is solve_hopper_kernel and name in ("plus", "minus")):
+        elif name in INT32 | BF16:
             signature[name] = "*i32" if name in INT32 else "*bf16"
-        elif kernel is solve_hopper_kernel and name in ("solved", "w"):
-            signature[name] = "*bf16"
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource if kernel is solve_hopper_kernel else GluonASTSource
     compiled = triton.compile(
-        source(kernel, signature, constexprs=places),
+        GluonASTSource(kernel, signature, constexprs=places),
         target=GPUTarget("cuda", 90, 32),
         options=options | {"num_warps": warps},
     )
@@ -62,9 +58,10 @@ def main() -> None:
     k, v = dict.fromkeys(("w", "minus", "plus", "q"), 128), dict.fromkeys(("v", "u", "r"), 64)
     walk = {"PARTS": 2, "REGISTERS": REGISTERS, "maxnreg": 168}
     back = dict.fromkeys(("q", "plus", "minus", "do", "r", "dx"), 128) | {"solved": 64}
-    keys = dict.fromkeys(("u", "do", "dx", "q", "plus", "out"), 128)
+    keys = dict.fromkeys(("u", "do", "dx", "q", "plus", "d_plus", "out"), 128)
     for decay in ("none", "scalar", "frames"):
-        compile_for(solve_hopper_kernel, {}, 1, set(), DK=128, DECAY=decay)
+        solve = {name: k[name] for name in ("plus", "minus")}
+        compile_for(solve_hopper_kernel, solve, 4, set(), DK=128, DECAY=decay)
         for summary in (False, True):
             more: dict[str, Any] = whole | walk | {"DECAY": decay, "SUMMARY": summary}
             more |= {"RESIDUAL": not summary, "STAGES": 3 if summary else 2}

@@ -74,7 +74,7 @@ def direct_gla(module: Any, x: Tensor) -> Tensor:
 
 
 def direct_gated_deltanet(module: Any, x: Tensor) -> Tensor:
-    q, k, v, gate, b, a = projected(module, x, KEY, KEY, VALUE, VALUE, 1, 1)
+    q, k, v, b, a, gate = projected(module, x, KEY, KEY, VALUE, 1, 1, VALUE)
     weight = module.conv_weight.split([KEY, KEY, VALUE], 1)
 
     def convolved(channels: Tensor, taps: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def sharded_softmax(rank: int, kind: str, documents: Any, total: int) -> tuple[T
 def attend_alone(module: Any, x: Tensor) -> Tensor:
     whole = SequenceParallelParams(seqpar.SequenceParallel(None, seqpar.Layout(len(x), 1)))
     y = module.in_proj(x)[0].transpose(0, 1).unflatten(-1, (module.heads, -1))
-    return module.mix(y, x, whole).flatten(2).transpose(0, 1)
+    return module.mix(y, lambda: y[..., :0], x, whole).flatten(2).transpose(0, 1)
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag"])

@@ -19,9 +19,11 @@ PACKED = [0, 1, 20, 48, 49, 80, 80, 96]
 Case = tuple[Callable, Callable, dict[str, Tensor], dict]
 
 
-def softmax_case(batch: int, causal: bool, method: str = "auto", kv_heads: int = 2) -> Case:
+def softmax_case(
+    batch: int, causal: bool, method: str = "auto", kv_heads: int = 2, heads: int = 4
+) -> Case:
     make = torch.Generator().manual_seed(3)
-    shapes = {"q": 4, "k": kv_heads, "v": kv_heads}
+    shapes = {"q": heads, "k": kv_heads, "v": kv_heads}
     inputs = {
         name: torch.randn(batch, TOKENS, heads, 8, dtype=torch.float64, generator=make)
         for name, heads in shapes.items()
@@ -102,6 +104,19 @@ def test_heads_that_ranks_do_not_divide(world_size: int, kv_heads: int) -> None:
     for method in METHODS:
         case = softmax_case(1, True, method, kv_heads)
         check(case, layouts(world_size, "contiguous", True), torch.float64, 1e-10)
+
+
+@pytest.mark.parametrize("room", [1 << 30, 0])
+def test_a_quarter_of_the_kv_heads_is_gathered_at_a_time_where_there_is_room(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("seqpar.sources.ROOM", room)
+    check(
+        softmax_case(1, True, "allgather", 9, 18), layouts(2, "zigzag", True), torch.float64, 1e-10
+    )
+    steps = 5 if room else 9  # of two heads, the last of one
+    found = softmax_traffic("allgather", 2, 18, 9)
+    assert [traffic["kv"][0] for traffic in found] == [3 * steps] * 2
 
 
 def test_traded_queries_make_causal_work_equal() -> None:

@@ -1,20 +1,17 @@
 """Time of each exchange of states alone, beside what the cost model predicts for these links.
 
-    torchrun --nproc-per-node 2 -m tests.bench.exchange [--heads 16] [--key 128] [--value 128]
-        [--node-size RANKS] [--out DIR]
+    torchrun --nproc-per-node 2 -m tests.bench.exchange [--seconds 120] [--heads 16] [--key 128]
+        [--value 128] [--node-size RANKS] [--out DIR]
 
-Microseconds of the slowest rank. alone: from the call until the host sees the states, medians. On
-GPUs also in a row: of many calls put on the stream at once; in a graph: the same captured and
-replayed, so without the host. "bare all-gather" is NCCL's, of the states alone, into memory that is
-there. --out writes exchange.csv and exchange.png.
+Microseconds of the slowest rank. alone: one exchange, medians; on GPUs the time on the stream, the
+host launching ahead. On GPUs also in a row: one of many on the stream; in a graph: those captured
+and replayed. "bare all-gather" is NCCL's, of the states alone, into memory that is there. --out
+takes exchange.csv, a row as soon as it is measured, and exchange.png at the end.
 """
 
 import argparse
-import csv
-import os
-import statistics
-import time
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,9 +21,11 @@ import torch.distributed as dist
 
 from seqpar import Layout
 from seqpar.comm import Communicator
-from seqpar.cost import choose, measure
+from seqpar.cost import Links, choose
 from seqpar.exchange import EXCHANGES, handover, ring
 from seqpar.kernels.transition import Decay, Dense, Transition
+
+from .ranks import AHEAD, CUDA, DEVICE, MACHINE, Bench
 
 REPEATS = 30
 IN_A_ROW = 50
@@ -35,76 +34,82 @@ FAMILIES: dict[str, tuple[Transition, int]] = {"diagonal": (Decay(), 1), "delta"
 Call = Callable[[], object]
 
 
-@dataclass
-class Row:
-    """One exchange of one family. seconds: by how they were measured; predicted: None: unknown."""
+@dataclass(frozen=True)
+class Case:
+    """One exchange of one family; predicted in us, None: unknown."""
 
     family: str
     exchange: str
     call: Call
     predicted: float | None
     chosen: bool
-    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case in one of the ways; times in us. auto: whether "auto" chooses it."""
+
+    way: str
+    family: str
+    exchange: str
+    measured: float = 0.0
+    predicted: float | None = None
+    auto: bool = False
+    error: str = ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=120, help="begin nothing after these")
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--key", type=int, default=128, help="key dimension K of a head")
     parser.add_argument("--value", type=int, default=128, help="value dimension V of a head")
     parser.add_argument("--node-size", type=int, default=None, help="ranks in a row that share one")
     parser.add_argument("--out", type=Path, default=None, help="folder for a table and a plot")
     args = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
-    comm = Communicator(dist.group.WORLD)
-    rows = rows_of(comm, device, args)
-    ways = {"alone": alone} | ({"in a row": in_a_row, "in a graph": in_a_graph} if cuda else {})
+    bench = Bench(args.seconds, args.out, Row)
+    comm = bench.comm
+    cases = list(cases_of(comm, bench.links(args.node_size), args))
+    ways = {"alone": alone}
+    if CUDA:  # the graph last: a capture that fails may leave its mark
+        ways |= {"in a row": in_a_row, "in a graph": in_a_graph}
     for name, way in ways.items():
-        say(comm, f"\n{'family':<10}{'exchange':<22}{name:>12}{'predicted':>12}  (us)")
-        for row in rows:
-            seconds = torch.tensor(way(comm, row.call), device=device)
-            row.seconds[name] = comm.all_reduce(seconds, "max").item()
-            guess = "" if row.predicted is None else f"{1e6 * row.predicted:.1f}"
-            chosen = "  <- auto" if row.chosen else ""
-            measured = 1e6 * row.seconds[name]
-            say(comm, f"{row.family:<10}{row.exchange:<22}{measured:>12.1f}{guess:>12}{chosen}")
-    if args.out is not None and comm.rank == 0:
-        write(args.out, rows, f"{comm.size} x {machine(device)}, {args.heads} heads")
-    comm.barrier()
-    dist.destroy_process_group()
+        for case in cases:
+            label = f"{case.exchange} of {case.family}, {name}"
+            measured, error = bench.attempt(label, partial(way, bench, case.call))
+            given = case.family, case.exchange, measured or 0.0, case.predicted, case.chosen
+            bench.add(Row(name, *given, error))
+    rows = [row for row in bench.rows if not row.error]
+    if args.out and comm.rank == 0 and rows and importlib.util.find_spec("matplotlib"):
+        draw(rows, args.out / "exchange.png", f"{comm.size} x {MACHINE}, {args.heads} heads")
+    bench.end()
 
 
-def rows_of(comm: Communicator, device: torch.device, args: argparse.Namespace) -> list[Row]:
-    """Every exchange of every family, and the figures they are predicted by, printed."""
-    links = measure(comm, device, args.node_size)
-    say(comm, f"{comm.size} ranks, {machine(device)}, torch {torch.__version__}\n{links}")
+def cases_of(comm: Communicator, links: Links, args: argparse.Namespace) -> Iterator[Case]:
+    """Every exchange of every family beside the library's own, the most wanted first."""
     chain = Layout(comm.size, comm.size).chain
-    rows = []
+    order = ("allscan", "allgather", "ring", "doubling", "twolevel")
     for family, (transition, width) in FAMILIES.items():
-        A = torch.rand(1, 1, args.heads, args.key, width or args.key, device=device) / args.key
-        B = torch.rand(1, 1, args.heads, args.key, args.value, device=device)
+        A = torch.rand(1, 1, args.heads, args.key, width or args.key, device=DEVICE) / args.key
+        B = torch.rand(1, 1, args.heads, args.key, args.value, device=DEVICE)
         sizes = [x[0].numel() * x.element_size() for x in (A, B)]
         auto = choose("auto", chain, links, *sizes)
         starts = {
-            name: partial(start, **choose(name, chain, links, *sizes).options)
-            for name, start in EXCHANGES.items()
+            name: partial(EXCHANGES[name], **choose(name, chain, links, *sizes).options)
+            for name in order
         }
         direct = comm.size > 1 and handover(comm, B) is not None
         if direct:  # the same without peers' memory
             messages = choose("allscan", chain, replace(links, direct=0.0), *sizes)
             starts["allscan by messages"] = partial(ring, **messages.options)
             auto.seconds["allscan by messages"] = messages.seconds["allscan"]
+        yield Case(family, "bare all-gather", bare(comm, B), None, False)
         for name, start in starts.items():
             call = partial(finished, partial(start, transition, A, B, chain, comm))
             label = f"{name}, direct" if direct and name == "allscan" else name
-            rows.append(Row(family, label, call, auto.seconds[name], name == auto.name, {}))
-        for label, what in (("states", B), ("summaries", torch.cat([A.flatten(), B.flatten()]))):
-            rows.append(Row(family, f"bare all-gather, {label}", bare(comm, what), None, False, {}))
-    return rows
+            yield Case(family, label, call, 1e6 * auto.seconds[name], name == auto.name)
+        both = torch.cat([A.flatten(), B.flatten()])
+        yield Case(family, "bare, A with B", bare(comm, both), None, False)
 
 
 def finished(start: Callable[[], Callable[[], object]]) -> object:
@@ -122,97 +127,73 @@ def bare(comm: Communicator, x: torch.Tensor) -> Call:
     return lambda: gather(out, flat, group=comm.group)
 
 
-def alone(comm: Communicator, call: Call) -> float:
-    """The median of calls whose end the host waits for."""
-    times = []
-    for _ in range(REPEATS):
-        comm.barrier()
-        begin = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times[5:])
+def alone(bench: Bench, call: Call) -> float:
+    """us, the median of single calls."""
+    return bench.milliseconds(call, REPEATS) * 1e3
 
 
-def in_a_row(comm: Communicator, call: Call) -> float:
-    """One of many calls that the host does not wait for."""
+def in_a_row(bench: Bench, call: Call) -> float:
+    """us of one of many calls."""
 
     def calls() -> None:
         for _ in range(IN_A_ROW):
             call()
 
     calls()
-    return _on_stream(comm, calls) / IN_A_ROW
+    return _on_stream(bench, calls)
 
 
-def in_a_graph(comm: Communicator, call: Call) -> float:
-    """One of many calls in a CUDA graph."""
-    graph = torch.cuda.CUDAGraph()
+def in_a_graph(bench: Bench, call: Call) -> float:
+    """us of one of many calls in a CUDA graph."""
+    call()
     torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(IN_A_ROW):
             call()
     graph.replay()
-    seconds = _on_stream(comm, graph.replay) / IN_A_ROW
-    torch.cuda.synchronize()
-    return seconds
+    return _on_stream(bench, graph.replay)
 
 
-def _on_stream(comm: Communicator, work: Call) -> float:
-    """The best of five, by the GPU's clock."""
+def _on_stream(bench: Bench, calls: Call) -> float:
+    """us of one of IN_A_ROW calls, the best of five, by the GPU's clock."""
     times = []
     for _ in range(5):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        comm.barrier()
+        bench.comm.barrier()
+        torch.cuda._sleep(AHEAD)
         begin.record()
-        work()
+        calls()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) / 1000)
-    return min(times)
+        times.append(begin.elapsed_time(end) * 1e3)
+    return bench.slowest(min(times)) / IN_A_ROW
 
 
-def write(folder: Path, rows: list[Row], title: str) -> None:
-    """exchange.csv, and bars of what was measured beside what was predicted."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+def draw(rows: list[Row], path: Path, title: str) -> None:
+    """Bars of what was measured beside what was predicted."""
     from matplotlib import pyplot
 
-    folder.mkdir(parents=True, exist_ok=True)
-    ways = list(rows[0].seconds)
-    with (folder / "exchange.csv").open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["family", "exchange", *ways, "predicted", "auto"])
-        for row in rows:
-            us = [f"{1e6 * row.seconds[way]:.2f}" for way in ways]
-            guess = "" if row.predicted is None else f"{1e6 * row.predicted:.2f}"
-            table.writerow([row.family, row.exchange, *us, guess, int(row.chosen)])
     figure, axes = pyplot.subplots(1, len(FAMILIES), figsize=(12, 5), sharey=True)
     for axis, family in zip(axes, FAMILIES, strict=True):
         own = [row for row in rows if row.family == family]
-        bars = {way: [1e6 * row.seconds[way] for row in own] for way in ways}
-        bars["predicted"] = [1e6 * (row.predicted or 0) for row in own]
+        names = list(dict.fromkeys(row.exchange for row in own))
+        ways = [*dict.fromkeys(row.way for row in rows), "predicted"]
+        bars: dict[str, dict[str, float]] = {way: {} for way in ways}
+        for row in own:
+            bars[row.way][row.exchange] = row.measured
+            bars["predicted"][row.exchange] = row.predicted or 0.0
         for i, (label, heights) in enumerate(bars.items()):
-            places = [x + i / (len(bars) + 1) for x in range(len(own))]
-            axis.bar(places, heights, 1 / (len(bars) + 1), label=label)
-        axis.set_xticks(range(len(own)), [row.exchange for row in own], rotation=40, ha="right")
+            places = [x + i / (len(bars) + 1) for x in range(len(names))]
+            values = [heights.get(name, 0.0) for name in names]
+            axis.bar(places, values, 1 / (len(bars) + 1), label=label)
+        axis.set_xticks(range(len(names)), names, rotation=40, ha="right")
         axis.set_title(family)
     axes[0].set_ylabel("microseconds")
     axes[0].legend()
     figure.suptitle(title)
     figure.tight_layout()
-    figure.savefig(folder / "exchange.png")
-
-
-def machine(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, gloo"
-
-
-def say(comm: Communicator, line: str) -> None:
-    if comm.rank == 0:
-        print(line, flush=True)
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

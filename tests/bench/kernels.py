@@ -24,7 +24,8 @@ import seqpar
 
 DIM = 128
 DECAYS = ("none", "constant", "scalar", "diagonal")
-DELTAS = ("delta", "gated delta", "kda")  # without, with scalar and with diagonal decay
+# delta rule without, with scalar and with diagonal decay; DPLR
+DELTAS = ("delta", "gated delta", "kda", "rwkv7")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Row:
     forward_floor: float
     both_floor: float
     bandwidth: float
+    host: float  # ms the host takes to launch forward and backward
     first: float  # seconds of the first forward and backward, compilation included
     memory: float  # peak over inputs, output and gradients
 
@@ -76,8 +78,10 @@ def run(
     decay: str, heads: int, tokens: int, args: argparse.Namespace, rate: float, rows: list[Row]
 ) -> None:
     """Measure and print one case, by all there are to compare."""
-    ours = seqpar.delta_attention if decay in DELTAS else seqpar.linear_attention
-    makers: dict[str, Callable[..., Tensor]] = {"seqpar": ours}
+    ours: Callable[..., Tensor] = seqpar.linear_attention
+    if decay in DELTAS:
+        ours = seqpar.dplr_attention if decay == "rwkv7" else seqpar.delta_attention
+    makers = {"seqpar": ours}
     makers |= fla(decay) if args.fla else {}
     if decay == "none" and heads == 16 and tokens <= 2**16:
         makers["cuDNN softmax"] = softmax
@@ -137,14 +141,14 @@ def measure(
         both()
     except RuntimeError as error:
         print(f"{who} {decay}: {str(error).splitlines()[0][:90]}")
-        both_ms, first, peak = float("nan"), float("nan"), 0
+        both_ms, host, first, peak = float("nan"), float("nan"), float("nan"), 0
     else:
         torch.cuda.synchronize()
         first = time.perf_counter() - begin
         torch.cuda.reset_peak_memory_stats()
         both()
         peak = torch.cuda.max_memory_allocated()
-        both_ms = median_ms(both)
+        both_ms, host = median_ms(both), host_ms(both)
     sizes = [x.numel() * x.element_size() for x in inputs]
     v = inputs[2].numel() * inputs[2].element_size()
     gradients = sum(x.numel() * x.element_size() for x in wanted)
@@ -161,6 +165,7 @@ def measure(
         one_way / rate * 1e3,
         two_ways / rate * 1e3,
         two_ways / both_ms / 1e9,
+        host,
         first,
         peak / needed,
     )
@@ -187,6 +192,10 @@ def make(decay: str, heads: int, tokens: int) -> list[Tensor]:
     inputs = [q, torch.nn.functional.normalize(k, dim=-1), v]
     for x in inputs:
         x.requires_grad_()
+    if decay == "rwkv7":
+        gate = -torch.rand(1, tokens, heads, DIM, device="cuda") * 0.1
+        a = torch.nn.functional.normalize(torch.randn(1, tokens, heads, DIM, **kind), dim=-1)  # type: ignore[call-overload]
+        return [*inputs, *(x.requires_grad_() for x in (-a, a * torch.rand_like(a), gate))]
     if decay in DELTAS:
         inputs.append(torch.rand(1, tokens, heads, device="cuda").requires_grad_())
     if decay == "constant":
@@ -228,11 +237,15 @@ def fla_delta() -> dict[str, Chunked]:
     from fla.ops.delta_rule import chunk_delta_rule
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     from fla.ops.kda import chunk_kda
+    from fla.ops.rwkv7 import chunk_rwkv7
 
     return {
         "delta": lambda q, k, v, beta: chunk_delta_rule(q, k, v, beta.to(q.dtype)),
         "gated delta": lambda q, k, v, beta, g: chunk_gated_delta_rule(q, k, v, g=g, beta=beta),
         "kda": lambda q, k, v, beta, g: chunk_kda(q, k, v, g=g, beta=beta),
+        "rwkv7": lambda q, k, v, a, b, g: chunk_rwkv7(
+            q, g, k, v, a, b, scale=DIM**-0.5, safe_gate=True
+        ),
     }
 
 
@@ -246,15 +259,29 @@ def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def median_ms(function: Callable[[], object], repeats: int = 15) -> float:
+    """The GPU's time; the host launches while the GPU is kept waiting."""
     for _ in range(3):
         function()
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for begin, end in events:
+        torch.cuda._sleep(6_000_000)  # cycles, 3 to 4 ms
         begin.record()
         function()
         end.record()
     torch.cuda.synchronize()
     return statistics.median(begin.elapsed_time(end) for begin, end in events)
+
+
+def host_ms(function: Callable[[], object], repeats: int = 15) -> float:
+    """What launching takes, with room in the GPU's queue."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - begin)
+    torch.cuda.synchronize()
+    return statistics.median(times) * 1e3
 
 
 def copy_bandwidth() -> float:
