@@ -15,7 +15,6 @@ others to; exposed: in which it does nothing else.
 
 import argparse
 import csv
-import gzip
 import json
 import os
 import queue
@@ -34,6 +33,8 @@ from typing import Any
 import torch
 from torch.profiler import profile
 
+from .trace import read_trace
+
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "launch/configs/a0.3b-2b.yaml"
 VOCABULARY = 16384
@@ -45,7 +46,6 @@ WAYS = {
     "tensor": (2, ["parallel.tensor=2", "parallel.context=1"]),
     "context": (2, ["parallel.context=2", "parallel.expert=2"]),
 }
-EXCHANGE = re.compile(r"nccl|gloo:|(handover|pace|greet)_kernel", re.IGNORECASE)
 Spans = list[tuple[float, float]]
 
 
@@ -100,15 +100,17 @@ def one_rank(words: list[str]) -> None:
         if done != PROFILED:
             return train_step(run, *args)
         with profile() as profiler:
+            begin = time.perf_counter()
             result = train_step(run, *args)
             torch.cuda.synchronize()
+            seconds = time.perf_counter() - begin
         memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
         most = control.all_reduce(torch.tensor([memory]), "max").item()
         if control.rank == 0:
             folder = Path(run.config.log.folder)
-            trace = folder / "profiled.json.gz"
+            trace = folder / "trace.json"
             profiler.export_chrome_trace(str(trace))
-            found = {"memory": most, "device": device_name(), **shares(trace)}
+            found = {"memory": most, "device": device_name(), **shares(trace, seconds)}
             (folder / "profiled.json").write_text(json.dumps(found) + "\n")
         return result
 
@@ -144,23 +146,17 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
-def shares(trace: Path) -> dict[str, float]:
+def shares(trace: Path, seconds: float) -> dict[str, float]:
     """Of a profiled step: the share of exchanges, and that in which nothing else is done."""
-    with gzip.open(trace, "rt") as file:
-        events = [e for e in json.load(file)["traceEvents"] if e.get("ph") == "X" and "dur" in e]
-    begin = min(e["ts"] for e in events)
-    whole = max(e["ts"] + e["dur"] for e in events) - begin
-    if torch.cuda.is_available():
-        events = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    spans = [(e["ts"], e["ts"] + e["dur"], bool(EXCHANGE.search(e["name"]))) for e in events]
-    exchanges = merged((start, stop) for start, stop, is_exchange in spans if is_exchange)
-    work: Spans = []
-    if torch.cuda.is_available():  # on a CPU the trace nests: what else is done is not told
-        work = merged((start, stop) for start, stop, is_exchange in spans if not is_exchange)
-    either = length(merged([*exchanges, *work]))
+    spans = read_trace(trace)
+    ends = [(s.begin, s.begin + s.length, s.what == "transfer") for s in spans]
+    exchanges = merged((begin, end) for begin, end, transfer in ends if transfer)
+    other = merged((begin, end) for begin, end, transfer in ends if not transfer)
+    either = merged([*exchanges, *other])
+    alone = length(either) - length(other)
     return {
-        "exchanging": length(exchanges) / whole,
-        "exposed": (either - length(work)) / whole,
+        "exchanging": length(exchanges) / 1e6 / seconds,
+        "exposed": alone / 1e6 / seconds,
     }
 
 
