@@ -37,6 +37,12 @@ APEX = {
     "apex/multi_tensor_apply.py": CLIPPING,
     "amp_C.py": CLIPPING,
 }
+TRANSFORMER_ENGINE = {
+    "transformer_engine/__init__.py": (HERE / "stand_in.py").read_text(),
+    "transformer_engine/pytorch/optimizers.py": ADAM
+    + CLIPPING
+    + "    multi_tensor_scale_tensor = None\n",
+}
 # Some distribution of that name that has nothing to do with it.
 OTHER_APEX = {"apex/__init__.py": '__version__ = "0.1"'}
 
@@ -80,10 +86,15 @@ def test_what_is_missing_is_told_once(without: tuple[str, Path]) -> None:
     assert re.search(r"^packages triton [\d.]+ \(kernels on GPUs\), tensorboard ", lines[0])
 
 
-def test_apex_is_used_where_it_is(config: str, without: tuple[str, Path], tmp_path: Path) -> None:
-    text = train_with(modules(tmp_path / "path", APEX), config, tmp_path / "run")
-    assert "packages apex 9.8 (fused Adam, fused gradient clipping), " in text
-    assert "transformer_engine" not in text
+@pytest.mark.parametrize(
+    ("name", "files"), [("apex", APEX), ("transformer_engine", TRANSFORMER_ENGINE)]
+)
+def test_what_is_there_is_used(
+    name: str, files: dict[str, str], config: str, without: tuple[str, Path], tmp_path: Path
+) -> None:
+    text = train_with(modules(tmp_path / "path", files), config, tmp_path / "run")
+    assert f"packages {name} 9.8 (fused Adam, fused gradient clipping), " in text
+    assert "PyTorch's" not in text
     assert losses(tmp_path / "run") == losses(without[1])
 
 
