@@ -9,12 +9,14 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import os
 import queue
 import random
 import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,17 +32,23 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 
+from seqpar.comm import Communicator
 from seqpar.cost import Links
+from seqpar.launch.config import CheckpointSection
 from seqpar.launch.data import Corpus
-from seqpar.launch.failure import together
+from seqpar.launch.disk import errors_kept, on_disk
+from seqpar.launch.failure import UserError, together
 from seqpar.launch.optimizer_state import load_state, sharded_state
 from seqpar.launch.setup import Run
 from seqpar.models import compat
-from seqpar.models.config import resolved
+from seqpar.models.config import ModelConfig, resolved
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step_(\d{8})")
-_TEMPORARY = ".writing_"
+_TEMPORARY, _REMOVED = ".writing_", ".removed_"
+NEWEST = ("latest", "auto")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,14 +62,18 @@ class Progress:
 def identity(run: Run, corpus: Corpus) -> dict[str, Any]:
     """What a checkpoint and the run that resumes it must have in common, by name of setting."""
     train = run.config.train
-    found = {f"model.{k}": v for k, v in dataclasses.asdict(resolved(run.config.model)).items()}
-    return found | {
+    return model_identity(run.config.model) | {
         "train.seed": train.seed,
         "train.precision": train.precision,
         "data.sequence_length": run.config.data.sequence_length,
         "data.path (number of documents)": len(corpus.lengths),
         "data.path (number of tokens)": corpus.tokens,
     }
+
+
+def model_identity(model: ModelConfig) -> dict[str, Any]:
+    """The part of `identity` that is the model's."""
+    return {f"model.{k}": v for k, v in dataclasses.asdict(resolved(model)).items()}
 
 
 class Saving:
@@ -100,12 +112,24 @@ class Saving:
             done = torch.tensor([wait or self._under_way.done()], dtype=torch.int32)
             if not self._run.control.all_reduce(done, "min").item():
                 return False
-            together(self._run.control, self._under_way.result)
+            self._together(self._under_way.result)
             try:
                 self._under_way = next(self._stages)
             except StopIteration:
                 self._thread.shutdown()
                 return True
+
+    def _together(self, work: Callable[[], Any]) -> None:
+        """`work`, which writes; what is half-written is removed if it fails on any rank."""
+        try:
+            together(self._run.control, lambda: on_disk(self._temporary, work))
+        except UserError as error:
+            if self._run.control.rank == 0:
+                shutil.rmtree(self._temporary, ignore_errors=True)
+            raise UserError(
+                f"the checkpoint {self.path.name} is not saved: {error}; free some room, then go "
+                "on with checkpoint.resume=latest"
+            ) from None
 
     def _work(self) -> Iterator[Future[Any]]:
         """What is done here together with other ranks; between, what the thread does."""
@@ -117,26 +141,29 @@ class Saving:
                 shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
                 temporary.mkdir(parents=True)
 
-        together(control, begin)
+        self._together(begin)
         # Megatron would start a process for this queue, which outlives a run that is killed.
         vars(filesystem_async)["_results_queue"] = queue.Queue()
-        request = dist_checkpointing.save(
-            _state(run, is_loading=False),
-            str(temporary),
-            # ranks that hold the same write a part each
-            FullyParallelSaveStrategyWrapper(
-                get_default_save_sharded_strategy(), parallelization_group=run.groups.dp_cp
-            ),
-            async_sharded_save=True,
-            **compat.asynchronous_save_options(),
-        )
+        with errors_kept() as errors:
+            request = dist_checkpointing.save(
+                _state(run, is_loading=False),
+                str(temporary),
+                # ranks that hold the same write a part each
+                FullyParallelSaveStrategyWrapper(
+                    get_default_save_sharded_strategy(), parallelization_group=run.groups.dp_cp
+                ),
+                async_sharded_save=True,
+                **compat.asynchronous_save_options(),
+            )
+        self._together(functools.partial(_raise_first, errors))
         write = functools.partial(_write, request, _snapshot(request))
         yield self._thread.submit(write)
 
-        for finalize in request.finalize_fns:
-            finalize()
-        control.barrier()  # every rank's files are there
-        digest = functools.partial(_digests, temporary, _share(run, _files(temporary)))
+        with errors_kept() as errors:
+            for finalize in request.finalize_fns:
+                finalize()
+        self._together(functools.partial(_raise_first, errors))  # every rank's files are there
+        digest = functools.partial(_digests, temporary, _share(control, _files(temporary)))
         under_way = self._thread.submit(digest)
         yield under_way
 
@@ -153,9 +180,44 @@ class Saving:
                     self.path.rename(_free_name(self.path))
                 temporary.rename(self.path)
                 _flush(self._folder)
-                _prune(self._folder, run.config.checkpoint.keep)
+                _prune(self._folder, run.config.checkpoint)
 
-        together(control, finish)
+        self._together(finish)
+
+
+class Saver:
+    """Saves a run into `folder`, one checkpoint at a time; all ranks call it together.
+
+    Args:
+        step: that the folder's newest checkpoint is of.
+        told: called with the path of each that is complete.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        folder: Path,
+        common: dict[str, Any],
+        step: int,
+        told: Callable[[Path], None],
+    ) -> None:
+        self._run, self._folder, self._common, self._told = run, folder, common, told
+        self._step = step
+        self._saving: Saving | None = None
+
+    def go_on(self, *, wait: bool) -> None:
+        """Bring what is under way forward; to its end, if `wait`."""
+        if self._saving and self._saving.finished(wait=wait):
+            self._told(self._saving.path)
+            self._saving = None
+
+    def save(self, progress: Progress, *, wait: bool) -> None:
+        """Save the run as it is now, unless that has been done; `wait` until it is complete."""
+        self.go_on(wait=True)
+        if progress.step != self._step:
+            self._saving = Saving(self._run, self._folder, progress, self._common)
+            self._step = progress.step
+        self.go_on(wait=wait)
 
 
 def _snapshot(request: Any) -> list[Any]:
@@ -187,56 +249,85 @@ def _write(request: Any, buckets: list[Any]) -> None:
     request.async_fn_args[2].put(results)
 
 
+def _raise_first(errors: list[Exception]) -> None:
+    if errors:
+        raise errors[0]
+
+
 def load(run: Run, folder: Path, resume: str, common: dict[str, Any]) -> Progress:
-    """Continue from a checkpoint in `folder`: the newest ("latest"), or that of a step ("100").
+    """Continue from a checkpoint in `folder`: the newest intact one, or that of a step ("100").
 
     All ranks call it. They may be other numbers of every kind of parallelism than the writer's.
 
+    Args:
+        resume: "latest", "auto" (likewise, but begin anew where there is none), or a step.
+
     Raises:
-        UserError: on every rank: there is none, it is damaged, or of another model, data or seed.
-            Nothing of the run has been changed then.
+        UserError: on every rank: there is none, none is intact, it is of another model, data or
+            seed. Nothing of the run has been changed then.
     """
-    path = Path(run.control.broadcast_object(together(run.control, lambda: _find(folder, resume))))
-    damage = _damage(run, path)
-    others = [other for other in reversed(_all(folder)) if other != path] if damage else []
-    intact = next((other for other in others if not _damage(run, other)), None)
-
-    def check() -> dict[str, Any]:
-        if damage:
-            remedy = (
-                f"the newest intact checkpoint is step {_step(intact)}: set "
-                f"checkpoint.resume={_step(intact)}"
-                if intact
-                else f"no checkpoint in {folder} is intact: start anew in another log.folder"
-            )
-            raise ValueError(f"checkpoint {path} is damaged: {damage}; {remedy}")
-        manifest = _manifest(path)
-        for name, value in common.items():
-            saved = manifest["common"].get(name)
-            if saved != value:
-                raise ValueError(
-                    f"checkpoint {path} is of another run: {name} is {saved!r} there and {value!r} "
-                    "here; resume with the settings of its run, or start anew in another "
-                    "log.folder without checkpoint.resume"
-                )
-        return manifest
-
-    manifest = together(run.control, check)
+    path = intact(run.control, folder, resume)
+    if path is None:
+        return Progress()
+    manifest = together(run.control, lambda: checked_manifest(path, common))
     wanted = _state(run, is_loading=True)
     if manifest["drawn_by"] != _drawn_by(run):
         # each of these ranks would continue another one's random numbers: they begin anew
         del wanted["random"]
     state = dist_checkpointing.load(wanted, str(path))
-    for index, stage in enumerate(run.model):
-        prefix = f"{index}."
-        own = {k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
-        stage.module.load_state_dict(own)
+    _set_weights([stage.module for stage in run.model], state["model"])
     load_state(run.optimizer, state["optimizer"], manifest["step"])
     run.scheduler.load_state_dict(state["scheduler"])
     if "random" in wanted:
         _set_random_state(state["random"])
     run.links = _links(run, manifest.get("links"))
     return Progress(manifest["step"], manifest["sequence"])
+
+
+def load_weights(stages: list[Any], groups: Any, path: Path) -> None:
+    """Load the model alone, into its stages on this rank, from what `intact` gave."""
+    state = dist_checkpointing.load({"model": _weights(stages, groups)}, str(path))
+    _set_weights(stages, state["model"])
+
+
+def intact(control: Communicator, folder: Path, resume: str) -> Path | None:
+    """The checkpoint to take, its files verified; None: begin anew. See `load`."""
+    found = control.broadcast_object(together(control, lambda: _find(folder, resume)))
+    damages: list[str] = []
+    good = None
+    for path in map(Path, found):
+        damage = _damage(control, path)
+        if damage is None:
+            good = path
+            break
+        damages.append(f"checkpoint {path} is damaged: {damage}")
+    if damages and good is None:
+        raise UserError(
+            f"{damages[0]}; no checkpoint in {folder} is intact: start anew in another log.folder"
+        )
+    if damages and resume not in NEWEST:
+        step = _step(path)
+        raise UserError(
+            f"{damages[0]}; the newest intact checkpoint is step {step}: set "
+            f"checkpoint.resume={step}"
+        )
+    for damage in damages if control.rank == 0 else []:
+        logger.warning("%s; the one before it is taken", damage)
+    return good
+
+
+def checked_manifest(path: Path, common: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a checkpoint; ValueError unless it has `common` in common."""
+    manifest = _manifest(path)
+    for name, value in common.items():
+        saved = manifest["common"].get(name)
+        if saved != value:
+            raise ValueError(
+                f"checkpoint {path} is of another run: {name} is {saved!r} there and {value!r} "
+                "here; resume with the settings of its run, or start anew in another "
+                "log.folder without checkpoint.resume"
+            )
+    return manifest
 
 
 def _drawn_by(run: Run) -> list[int]:
@@ -252,12 +343,7 @@ def _links(run: Run, saved: dict[str, Any] | None) -> Links | None:
 
 
 def _state(run: Run, is_loading: bool) -> dict[str, Any]:
-    metadata = {"dp_cp_group": run.groups.dp_cp}
-    model = {
-        f"{index}.{name}": value
-        for index, stage in enumerate(run.model)
-        for name, value in stage.module.sharded_state_dict(metadata=metadata).items()
-    }
+    model = _weights([stage.module for stage in run.model], run.groups)
     tp, pp = run.groups.tp, run.groups.pp
     return {
         "model": model,
@@ -272,6 +358,22 @@ def _state(run: Run, is_loading: bool) -> dict[str, Any]:
             replica_id=run.groups.dp_cp.rank(),
         ),
     }
+
+
+def _weights(stages: list[Any], groups: Any) -> dict[str, Any]:
+    metadata = {"dp_cp_group": groups.dp_cp}
+    return {
+        f"{index}.{name}": value
+        for index, stage in enumerate(stages)
+        for name, value in stage.sharded_state_dict(metadata=metadata).items()
+    }
+
+
+def _set_weights(stages: list[Any], state: dict[str, Any]) -> None:
+    for index, stage in enumerate(stages):
+        prefix = f"{index}."
+        own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        stage.load_state_dict(own)
 
 
 def _random_state() -> dict[str, Any]:
@@ -295,24 +397,25 @@ def _set_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
 
 
-def _find(folder: Path, resume: str) -> str:
-    steps = {_step(path): path for path in _all(folder)}
+def _find(folder: Path, resume: str) -> list[str]:
+    """The checkpoint that is asked for, then the others, newest first."""
+    steps = {_step(path): path for path in reversed(_all(folder))}
     half = sorted(path.name for path in folder.glob(f"{_TEMPORARY}*"))
     hint = f" ({', '.join(half)} there is half-written and of no use)" if half else ""
-    if not steps:
+    if not steps and resume != "auto":
         raise ValueError(
             f"checkpoint.resume={resume}: {folder} holds no checkpoint{hint}; leave out "
             "checkpoint.resume to start anew, or set log.folder to the folder of the run"
         )
-    if resume == "latest":
-        return str(steps[max(steps)])
-    if int(resume) not in steps:
-        nearest = min(steps, key=lambda step: abs(step - int(resume)))
-        raise ValueError(
-            f"checkpoint.resume={resume}: {folder} holds no checkpoint of that step{hint}, but of "
-            f"{', '.join(map(str, steps))}; nearest: {nearest}"
-        )
-    return str(steps[int(resume)])
+    if resume not in NEWEST:
+        if int(resume) not in steps:
+            nearest = min(steps, key=lambda step: abs(step - int(resume)))
+            raise ValueError(
+                f"checkpoint.resume={resume}: {folder} holds no checkpoint of that step{hint}, but "
+                f"of {', '.join(map(str, reversed(steps)))}; nearest: {nearest}"
+            )
+        steps = {int(resume): steps.pop(int(resume)), **steps}
+    return [str(path) for path in steps.values()]
 
 
 def _all(folder: Path) -> list[Path]:
@@ -328,12 +431,12 @@ def _manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _damage(run: Run, path: Path) -> str | None:
+def _damage(control: Communicator, path: Path) -> str | None:
     """What is wrong with the files of a checkpoint, one answer on every rank; None: nothing."""
     found: str | None = None
     try:
         files = _manifest(path)["files"]
-        for name in _share(run, sorted(files)):
+        for name in _share(control, sorted(files)):
             if not (path / name).is_file():
                 found = f"file {name} is missing"
                 break
@@ -349,15 +452,15 @@ def _damage(run: Run, path: Path) -> str | None:
         found = f"{what}file {Path(error.filename or path).name}: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError):
         found = f"file {MANIFEST} is not readable"
-    return next((each for each in run.control.all_gather_object(found) if each), None)
+    return next((each for each in control.all_gather_object(found) if each), None)
 
 
 def _files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def _share(run: Run, names: list[str]) -> list[str]:
-    return names[run.control.rank :: run.control.size]
+def _share(control: Communicator, names: list[str]) -> list[str]:
+    return names[control.rank :: control.size]
 
 
 def _digests(folder: Path, names: list[str]) -> dict[str, tuple[int, str]]:
@@ -384,6 +487,14 @@ def _free_name(path: Path) -> Path:
     )
 
 
-def _prune(folder: Path, keep: int) -> None:
-    for path in _all(folder)[:-keep] if keep else []:
-        shutil.rmtree(path)
+def _prune(folder: Path, wanted: CheckpointSection) -> None:
+    """Remove all but the newest `keep`, and what is older than `keep_hours`; never the newest."""
+    checkpoints = _all(folder)
+    surplus = set(checkpoints[: -wanted.keep] if wanted.keep else [])
+    if wanted.keep_hours:
+        oldest = time.time() - 3600 * wanted.keep_hours
+        surplus |= {x for x in checkpoints[:-1] if x.stat().st_mtime < oldest}
+    for left in folder.glob(f"{_REMOVED}*"):  # by a run that was killed
+        shutil.rmtree(left)
+    for path in surplus:
+        shutil.rmtree(path.rename(folder / f"{_REMOVED}{path.name}"))  # whole, or out of sight

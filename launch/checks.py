@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import lcm
 
 from seqpar.exchange import EXCHANGES
-from seqpar.launch.config import Config
+from seqpar.launch.config import Config, check_choice
 from seqpar.softmax import METHODS
 
 _RECOMPUTABLE = ("core_attn", "layernorm", "mlp", "moe")
@@ -26,6 +26,7 @@ _LEAST = {
     "optimizer.clip_grad": 0,
     "checkpoint.every": 0,
     "checkpoint.keep": 0,
+    "checkpoint.keep_hours": 0,
     "log.every": 1,
 }
 
@@ -68,18 +69,14 @@ def _check_names(config: Config) -> None:
         ("parallel.exchange", config.parallel.exchange, ["auto", *EXCHANGES]),
         ("parallel.softmax", config.parallel.softmax, ["auto", *METHODS]),
     ):
-        if value not in legal:
-            raise ValueError(f"{key}={value} must be one of {', '.join(legal)}")
+        check_choice(key, value, legal)
     for name in config.train.recompute:
-        if name not in _RECOMPUTABLE:
-            raise ValueError(
-                f"train.recompute={config.train.recompute} must be of {', '.join(_RECOMPUTABLE)}, "
-                f"not {name}"
-            )
+        check_choice("train.recompute", name, _RECOMPUTABLE)
     resume = config.checkpoint.resume
-    if resume is not None and resume != "latest" and not resume.isdecimal():
+    if resume is not None and resume not in ("latest", "auto") and not resume.isdecimal():
         raise ValueError(
-            f'checkpoint.resume={resume} must be "latest" or the step of a checkpoint, such as 100'
+            f'checkpoint.resume={resume} must be "latest", "auto" or the step of a checkpoint, '
+            "such as 100"
         )
 
 

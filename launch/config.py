@@ -5,10 +5,11 @@ Whole numbers may be written with K or M (1024 and 1024·1024): `data.sequence_l
 
 import dataclasses
 import difflib
+import os
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,9 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from seqpar.models.config import ModelConfig
+
+CONFIGS = Path(__file__).resolve().with_name("configs")
+"""The folder of the configurations that come with the project."""
 
 
 @dataclass
@@ -32,11 +36,13 @@ class TrainSection:
     recompute: list[str] = field(default_factory=list)
     evaluate_every: int = 0  # steps between held-out losses; 0: only at the end
     evaluate_sequences: int = 8  # packed sequences of the held-out corpus, at most
+    # what to do with a step whose loss or gradient is NaN or Inf; after 5 skipped in a row: stop
+    on_nonfinite: Literal["stop", "skip"] = "stop"
 
 
 @dataclass
 class DataSection:
-    """Prefixes of corpora that `python -m seqpar.launch.prepare` wrote."""
+    """Prefixes of corpora that `seqpar prepare` wrote."""
 
     path: str = MISSING
     held_out: str | None = None
@@ -85,8 +91,11 @@ class CheckpointSection:
 
     every: int = 0  # steps between checkpoints; 0: only at the end
     keep: int = 0  # how many of the newest to keep; 0: all
+    keep_hours: float = 0.0  # older ones are removed, but never the newest; 0: none is
     asynchronous: bool = False  # whether training goes on while one is written
-    resume: str | None = None  # "latest", or the step of a checkpoint
+    # "latest": the newest intact one; "auto": likewise, but begin anew where there is none; or the
+    # step of a checkpoint
+    resume: str | None = None
 
 
 @dataclass
@@ -96,6 +105,10 @@ class LogSection:
     folder: str = MISSING
     every: int = 1  # steps between step lines
     tensorboard: bool = True
+    wandb: str | None = None  # a project of Weights & Biases to log to as well
+    profile_steps: list[int] = field(default_factory=list)  # profiled into log.folder/profile
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
+    memory_history: bool = False  # add to the snapshot of a full GPU where memory was allocated
 
 
 @dataclass
@@ -141,11 +154,34 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def to_container(config: Config) -> Any:
+    """The whole configuration as dicts and lists."""
+    return OmegaConf.to_container(OmegaConf.structured(config))
+
+
+def whole_number(name: str, text: str) -> int:
+    """A number from 1 that may be written with K or M.
+
+    Raises:
+        ValueError: it is none; names the option.
+    """
+    value = _whole_number(text, name)
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={text} must be a whole number from 1, such as 8K")
+    return value
+
+
 def _from_file(path: str) -> Any:
     try:
         return OmegaConf.to_container(OmegaConf.create(Path(path).read_text()))
     except OSError as error:
-        raise ValueError(f"config {path}: cannot be read ({error.strerror})") from None
+        names = [str(file) for file in CONFIGS.glob("*.yaml")]
+        close = difflib.get_close_matches(Path(path).stem, [Path(name).stem for name in names], 1)
+        found = [name for name in names if close and Path(name).stem == close[0]]
+        hint = f"; did you mean {os.path.relpath(found[0])}?" if found else ""
+        raise ValueError(f"config {path}: cannot be read ({error.strerror}){hint}") from None
     except Exception as error:  # what the YAML parser raises passes through OmegaConf as it is
         reason = " ".join(str(error).split())
         raise ValueError(f"config {path}: not valid YAML ({reason})") from None
@@ -176,15 +212,35 @@ def _resolve(value: Any, kind: Any, key: str) -> Any:
                 raise ValueError(_unknown(full, kind))
             found[name] = _resolve(item, hints[name], full)
         return found
-    if isinstance(value, str) and int in _alternatives(kind):
-        number = re.fullmatch(r"(\d+(?:\.\d+)?)([KM])", value)
-        if number:
-            tokens = float(number[1]) * {"K": 2**10, "M": 2**20}[number[2]]
-            if tokens.is_integer():
-                return int(tokens)
+    if typing.get_origin(kind) is Literal:
+        check_choice(key, value, typing.get_args(kind))
+    if int in _alternatives(kind):
+        return _whole_number(value, key)
     if isinstance(value, int) and not isinstance(value, bool) and _alternatives(kind) == {str}:
         return str(value)  # a word such as checkpoint.resume=20
     return value
+
+
+def check_choice(key: str, value: object, legal: Iterable[str]) -> None:
+    """Raise ValueError, with the one that was probably meant, unless `value` is one of `legal`."""
+    names = list(legal)
+    if value not in names:
+        close = difflib.get_close_matches(str(value), names, 1, 0.4)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"{key}={value} must be one of {', '.join(names)}{hint}")
+
+
+def _whole_number(value: Any, key: str) -> Any:
+    """`value` with its K or M written out; what is no number is left to OmegaConf."""
+    if isinstance(value, float) and value.is_integer():
+        raise ValueError(f"{key}={value} must be a whole number; did you mean {int(value)}?")
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)([KMkm])", value) if isinstance(value, str) else None
+    if not number:
+        return value
+    if number[2].islower():
+        raise ValueError(f"{key}={value} must be a whole number; did you mean {value.upper()}?")
+    tokens = float(number[1]) * {"K": 2**10, "M": 2**20}[number[2]]
+    return int(tokens) if tokens.is_integer() else value
 
 
 def _alternatives(kind: Any) -> set[Any]:
@@ -197,19 +253,20 @@ def _listed(kind: Any) -> str:
     return ", ".join(item.name for item in dataclasses.fields(kind))
 
 
-def _all_keys(kind: Any, prefix: str = "") -> list[str]:
-    hints = typing.get_type_hints(kind)
+def all_keys(kind: Any = None, prefix: str = "") -> list[str]:
+    """Every section and setting, such as "train" and "train.steps"."""
+    hints = typing.get_type_hints(kind or Config)
     keys = []
     for name, hint in hints.items():
         keys.append(prefix + name)
         if dataclasses.is_dataclass(hint):
-            keys += _all_keys(hint, f"{prefix}{name}.")
+            keys += all_keys(hint, f"{prefix}{name}.")
     return keys
 
 
 def _unknown(key: str, kind: Any) -> str:
     section, _, name = key.rpartition(".")
-    keys = _all_keys(Config)
+    keys = all_keys()
     names = {other.rpartition(".")[2] for other in keys}
     meant = (
         # the right name in the wrong section, a misspelt key, a misspelt name in the wrong section

@@ -57,6 +57,8 @@ class Corpus:
 
         self._check_files(prefix, DType)
         self._dataset = IndexedDataset(prefix)
+        self._data = Path(f"{prefix}.bin")
+        self._size = self._data.stat().st_size
         # a document may be several sequences of the format; they lie one after the other in .bin
         self._first = np.asarray(self._dataset.document_indices[:-1])
         ends = np.concatenate(([0], np.cumsum(self._dataset.sequence_lengths, dtype=np.int64)))
@@ -65,7 +67,18 @@ class Corpus:
         self.metadata = self._read_metadata(Path(f"{prefix}.json"))
 
     def read(self, document: int, offset: int, length: int) -> NDArray[np.int64]:
-        """`length` token ids of `document`, from its token `offset` on."""
+        """`length` token ids of `document`, from its token `offset` on.
+
+        Raises:
+            ValueError: ids beyond the vocabulary, or a file that has changed since it was opened.
+            OSError: a file that is gone.
+        """
+        size = self._data.stat().st_size  # the file is mapped: reading past its end would kill
+        if size != self._size:
+            raise ValueError(
+                f"{self.name}: {self._data} has {size} bytes now, {self._size} when training "
+                "began; bring it back, then go on with checkpoint.resume=latest"
+            )
         tokens = self._dataset.get(self._first[document], offset, length).astype(np.int64)
         if tokens.min() < 0 or tokens.max() >= self._vocab_size:
             wrong = tokens[(tokens < 0) | (tokens >= self._vocab_size)][0]
@@ -87,7 +100,7 @@ class Corpus:
         except OSError as error:
             raise ValueError(
                 f"{self.name}: cannot read {error.filename} ({error.strerror}); prepare it with "
-                f"python -m seqpar.launch.prepare INPUT... --output {prefix}"
+                f"seqpar prepare INPUT... --output {prefix}"
             ) from None
         again = "it is damaged or half-written: prepare it again"
         if len(head) < _HEADER.size or not head.startswith(_MAGIC):
@@ -195,5 +208,10 @@ class PackedStream:
 
 def open_stream(config: Config, field: str) -> PackedStream:
     """The stream of the corpus that `config.data` names in `field`, "path" or "held_out"."""
-    corpus = Corpus(getattr(config.data, field), config.model.vocab_size, f"data.{field}")
+    corpus = open_corpus(config, field)
     return PackedStream(corpus, config.data.sequence_length, config.train.seed)
+
+
+def open_corpus(config: Config, field: str) -> Corpus:
+    """The corpus that `config.data` names in `field`, "path" or "held_out"."""
+    return Corpus(getattr(config.data, field), config.model.vocab_size, f"data.{field}")

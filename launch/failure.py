@@ -17,8 +17,28 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+SAVED = 75
+"""Exit code of a run that was asked to stop, and has saved: start it again (EX_TEMPFAIL)."""
+
+EXIT_CODE_FILE = "SEQPAR_EXIT_CODE_FILE"
+"""Names a file for the exit code that all ranks agree on. torchrun takes any but 0 for a crash that
+may pass: it would start the ranks again, and tells its caller only that something failed."""
+
+
 class UserError(Exception):
     """A mistake of the user that all ranks know of. Its text is the message to show."""
+
+    code = 1
+
+
+class LoneError(Exception):
+    """What one rank has met while the others go on. Its text is the message to show."""
+
+
+class Stopped(UserError):
+    """The run was asked to stop, and has saved."""
+
+    code = SAVED
 
 
 def together(comm: Communicator, work: Callable[[], T]) -> T:
@@ -40,16 +60,23 @@ def together(comm: Communicator, work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def leave(message: str, rank: int) -> NoReturn:
-    """End this process with exit code 1; rank 0 says why.
+def leave(message: str, rank: int, code: int | None = None) -> NoReturn:
+    """End this process; rank 0 says why.
 
     torchrun ends with a report of its own, whose last lines quote what its workers left in the file
     named by TORCHELASTIC_ERROR_FILE: the message goes there too, so that it is not buried.
+
+    Args:
+        code: what all ranks leave with; None: this rank leaves on its own, with 1.
     """
     if rank == 0:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {message}" if code != SAVED else message, file=sys.stderr, flush=True)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": f"error: {message}", "timestamp": str(int(time.time()))}
         with open(path, "w") as file:
             json.dump({"message": {"message": message, "extraInfo": extra}}, file)
-    sys.exit(1)
+    if code is not None and (path := os.environ.get(EXIT_CODE_FILE)):
+        with open(path, "w") as file:
+            file.write(f"{code}\n")
+        sys.exit(0)
+    sys.exit(1 if code is None else code)

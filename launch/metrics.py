@@ -1,40 +1,77 @@
-"""Metrics on disk: JSON lines, TensorBoard, and the loss plot drawn from the former."""
+"""Metrics on disk: JSON lines, TensorBoard, W&B, and the loss plot drawn from the first."""
 
 import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from seqpar.launch.config import Config, to_container
+
 METRICS = "metrics.jsonl"
 PLOT = "loss.png"
 
 
 class Recorder:
-    """Writes the metrics of a run into its folder, one JSON object a line.
+    """Writes the metrics of a run into its folder, one JSON object a line, and where else asked.
 
     A resumed run appends: where a step is there twice, the later line counts.
+
+    Raises:
+        ValueError: log.wandb without the package.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool, first_step: int) -> None:
-        self._file = (folder / METRICS).open("a")
-        self._writer: Any = None
-        if tensorboard and find_spec("tensorboard"):
+    def __init__(self, config: Config, first_step: int) -> None:
+        folder = Path(config.log.folder)
+        # unbuffered: what a full disk does not take must not come again when the file is closed
+        self._file = (folder / METRICS).open("ab", buffering=0)
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if config.log.tensorboard and find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
             # steps of a run that went on after its checkpoint and was killed are taken back
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+            self._tensorboard = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=first_step + 1
+            )
+        if config.log.wandb is not None:
+            self._wandb = _wandb(config)
 
     def write(self, step: int, **values: float) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        if self._writer:
+        self._file.write((json.dumps({"step": step, **values}) + "\n").encode())
+        if self._tensorboard:
             for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log({**values, "trained_steps": step})
 
     def close(self) -> None:
         self._file.close()
-        if self._writer:
-            self._writer.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _wandb(config: Config) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(
+            f"log.wandb={config.log.wandb}: the package is not installed; pip install wandb, or "
+            "leave log.wandb out"
+        ) from None
+    folder = Path(config.log.folder)
+    # the folder's name, so that a resumed run goes on in the same curves
+    run = wandb.init(
+        project=config.log.wandb,
+        id=folder.name,
+        name=folder.name,
+        dir=str(folder),
+        resume="allow",
+        config=to_container(config),
+    )
+    run.define_metric("*", step_metric="trained_steps")
+    return run
 
 
 def plot(folder: Path, unigram_entropy: float | None) -> Path:

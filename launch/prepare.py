@@ -1,4 +1,4 @@
-"""Text to Megatron's indexed format: `python -m seqpar.launch.prepare INPUT... --output PREFIX`.
+"""Text to Megatron's indexed format: `seqpar prepare INPUT... --output PREFIX`.
 
 Writes PREFIX.bin (token ids), PREFIX.idx (where documents begin) and PREFIX.json (tokenizer,
 counts, unigram entropy); with --held-out also PREFIX.held_out.{bin,idx,json}. Every document ends
@@ -172,7 +172,7 @@ def _documents(files: Iterable[Path]) -> Iterator[tuple[str, str]]:
         except UnicodeDecodeError as error:
             logger.warning("left out %s: not UTF-8 text (byte %d)", path, error.start)
             continue
-        found = _lines(path, text) if path.suffix == ".jsonl" else [(str(path), text)]
+        found = _lines(path, text) if path.suffix == ".jsonl" and text else [(str(path), text)]
         for name, document in found:
             if document:
                 yield name, document
@@ -197,17 +197,40 @@ def _lines(path: Path, text: str) -> Iterator[tuple[str, str]]:
         yield name, document["text"]
 
 
-def main() -> None:
+EXAMPLES = """examples:
+  seqpar prepare my_texts/ --glob '*.md' --output runs/data/mine --held-out 0.02
+  seqpar prepare a.jsonl b.jsonl --output runs/data/web --tokenizer path/to/tokenizer.json
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m seqpar.launch.prepare", description=(__doc__ or "").partition("\n")[0]
+        prog="seqpar prepare",
+        description="Turn texts into a corpus in Megatron's indexed format.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT")
-    parser.add_argument("--output", required=True, metavar="PREFIX")
-    parser.add_argument("--tokenizer", default="byte", help='"byte" or path of a tokenizer.json')
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        type=Path,
+        metavar="INPUT",
+        help='a text file, a .jsonl file (its field "text"), or a folder of them',
+    )
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="of the files to write")
+    parser.add_argument(
+        "--tokenizer", default="byte", metavar="NAME", help='"byte" or path of a tokenizer.json'
+    )
     parser.add_argument("--glob", default="*", help="which files of a folder, e.g. '*.py'")
-    parser.add_argument("--held-out", type=float, default=0.0, metavar="FRACTION")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--held-out",
+        type=float,
+        default=0.0,
+        metavar="FRACTION",
+        help="of the documents, put into a corpus of their own, PREFIX.held_out",
+    )
+    args = parser.parse_args(argv)
     plain_messages()
     try:
         found = prepare(

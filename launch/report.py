@@ -2,12 +2,14 @@
 
 import time
 from collections import deque
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 from seqpar.launch.checks import Sizes
 from seqpar.launch.config import Config
 from seqpar.launch.data import PackedStream
+from seqpar.launch.flops import peak_of_this_gpu, step_flops
 from seqpar.launch.metrics import METRICS, Recorder, plot
 from seqpar.launch.packages import packages
 from seqpar.launch.step import StepResult
@@ -52,23 +54,32 @@ class Report:
 
     Args:
         first_step: steps done before, in the run that this one resumes.
+        ranks: how many there are.
         unigram_entropy: of the held-out corpus, if known: what a model reaches that knows only how
             frequent tokens are.
     """
 
+    _stream: PackedStream
+
     def __init__(
-        self, config: Config, first_step: int, unigram_entropy: float | None, silent: bool
+        self,
+        config: Config,
+        first_step: int,
+        ranks: int,
+        unigram_entropy: float | None,
+        silent: bool,
     ) -> None:
         self._config, self._entropy, self._silent = config, unigram_entropy, silent
         self._folder = Path(config.log.folder)
-        self._first_step = first_step
+        self._first_step, self._ranks, self._peak = first_step, ranks, peak_of_this_gpu()
         self._checkpoint: Path | None = None
         self.clock = Clock(config.train.global_batch * config.data.sequence_length)
         if not silent:
-            self._recorder = Recorder(self._folder, config.log.tensorboard, first_step)
+            self._recorder = Recorder(config, first_step)
 
     def begin(self, sizes: Sizes, stream: PackedStream, parameters: int) -> None:
         """The headline. parameters: of this rank's part of the model."""
+        self._stream = stream
         corpus, train = stream.corpus, self._config.train
         self._say(
             f"model {self._config.model.pattern}: {parameters:,} parameters a rank; sequences of "
@@ -81,35 +92,57 @@ class Report:
             f"{len(corpus.lengths):,} documents; {train.steps} steps are "
             f"{train.steps * self.clock.tokens / corpus.tokens:.3g} epochs"
         )
+        longer = int((corpus.lengths > self._config.data.sequence_length).sum())
+        if longer:
+            self._say(f"{_count(longer, 'document')} longer than a sequence, cut at its end")
         self._say(packages())
         self._say(f"settings and everything else in {self._folder}")
         if self._first_step:
             self._say(f"resumed after step {self._first_step}")
 
-    def step(self, step: int, result: StepResult) -> None:
-        """A step that has just been clocked."""
+    def step(self, step: int, result: StepResult, sequences: range) -> None:
+        """A step on `sequences` that has just been clocked."""
         if self._silent:
             return
+        if result.nonfinite:
+            self._say(f"step {step}: {result.nonfinite}")
+        elif not result.tokens:
+            self._say(f"step {step}: no token to predict in its sequences, nothing is learned")
         speed = self.clock.tokens_per_second()
+        here = {
+            "tokens_per_second": speed,
+            "tokens_per_second_per_rank": speed / self._ranks,
+            "memory_bytes": result.memory,
+            "eta_seconds": self.clock.remaining(self._config.train.steps - step),
+        }
+        if self._peak and self._config.train.precision == "bf16":
+            documents = map(self._stream.cu_seqlens, sequences)
+            flops = step_flops(self._config.model, documents)
+            here["mfu"] = flops / self.clock.last / (self._peak * self._ranks)
         self._recorder.write(
             step,
             loss=result.loss,
             grad_norm=result.grad_norm,
             lr=result.lr,
-            tokens_per_second=speed,
             seconds=self.clock.last,
             tokens=step * self.clock.tokens,
+            skipped=int(result.nonfinite is not None or not result.tokens),
             bytes_exchanged=result.bytes_sent,
+            seconds_waited=result.waited,
+            **here,
             **{f"bytes_{kind}": sent for kind, (sent, _) in result.traffic.items()},
             **{f"waited_{kind}": waited for kind, (_, waited) in result.traffic.items()},
         )
         steps, done_now = self._config.train.steps, step - self._first_step
         if step % self._config.log.every == 0 or step == steps or done_now == 1:
+            unit = "rank" if self._peak is None else "GPU"
+            mfu = f"  MFU {here['mfu']:.1%}" if "mfu" in here else ""
             self._say(
                 f"step {step:>{len(str(steps))}}/{steps}  loss {result.loss:.5f}  "
-                f"grad {result.grad_norm:.3f}  lr {result.lr:.2e}  {speed:,.0f} tokens/s  "
-                f"ETA {_duration(self.clock.remaining(steps - step))}  "
-                f"exchanged {_bytes(result.bytes_sent)}"
+                f"grad {result.grad_norm:.3f}  lr {result.lr:.2e}  {speed:,.0f} tokens/s "
+                f"({speed / self._ranks:,.0f} a {unit}){mfu}  "
+                f"exchanged {_bytes(result.bytes_sent)}, waited {result.waited:.2f} s  "
+                f"memory {_bytes(result.memory)}  ETA {_duration(here['eta_seconds'])}"
             )
 
     def held_out(self, step: int, loss: float) -> None:
@@ -125,11 +158,16 @@ class Report:
         self._checkpoint = path
         self._say(f"checkpoint {path}")
 
+    def close(self) -> None:
+        """Have all metrics written, where there is room for them."""
+        if not self._silent:
+            with suppress(OSError):
+                self._recorder.close()
+
     def end(self, resume: str) -> None:
         """Where everything is, and the command that trains on."""
         if self._silent:
             return
-        self._recorder.close()
         self._say("")
         if self._checkpoint:
             self._say(f"checkpoint  {self._checkpoint}")

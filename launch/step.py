@@ -1,5 +1,7 @@
 """One optimizer step, and one held-out loss, over packed sequences."""
 
+import math
+import resource
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from seqpar import Layout, SequenceParallel
 from seqpar.launch.data import PackedStream
 from seqpar.launch.failure import together
+from seqpar.launch.nonfinite import gradients_are_finite, locate
 from seqpar.launch.setup import Run
 from seqpar.models.language_model import Batch, forward_step
 
@@ -20,43 +23,81 @@ from seqpar.models.language_model import Batch, forward_step
 class StepResult:
     """What a step came to.
 
-    loss: mean over all valid tokens. bytes_sent: by all ranks, for the sequence. traffic: this
-    rank's bytes sent and seconds waited for the sequence, by kind of layer.
+    loss: mean over all valid tokens. tokens: how many those were. bytes_sent: by all ranks, for the
+    sequence. waited: seconds that the slowest rank's host waited for the sequence. memory: most
+    bytes that a rank has held so far. traffic: this rank's bytes sent and seconds waited for the
+    sequence, by kind of layer. nonfinite: where a NaN or Inf arose; nothing was learned then.
     """
 
     loss: float
     grad_norm: float
     lr: float
+    tokens: int
     bytes_sent: int
+    waited: float
+    memory: int
     traffic: dict[str, tuple[int, float]]
+    nonfinite: str | None
 
 
-def train_step(run: Run, stream: PackedStream, first_sequence: int) -> StepResult:
-    """Train on sequences `first_sequence` ... + global_batch - 1 of `stream`.
+def read(run: Run, stream: PackedStream, sequences: range) -> list[Batch]:
+    """This rank's batches of a step on `sequences`.
 
     Raises:
         UserError: on every rank, when a rank cannot read its part of the data.
     """
-    sequences = range(first_sequence, first_sequence + run.config.train.global_batch)
     own = sequences[run.groups.dp.rank() :: run.sizes.data]
-    batches = together(run.control, partial(_batches, run, stream, own))
+    return together(run.control, partial(_batches, run, stream, own))
+
+
+def train_step(run: Run, batches: list[Batch]) -> StepResult:
+    """Train on the batches that `read` gave; leave the model as it is where that cannot be."""
     before = _traffic(run)
-    for stage in run.model:
-        stage.zero_grad_buffer()
-    run.optimizer.zero_grad()
+    _zero_gradients(run)
     loss_sum, tokens = _forward(run, batches, train=True)
-    _, grad_norm, _ = run.optimizer.step()
-    lr = get_canonical_lr_for_logging(run.optimizer.param_groups)
-    run.scheduler.step(1)
     traffic = {
         kind: (sent - before.get(kind, (0, 0.0))[0], waited - before.get(kind, (0, 0.0))[1])
         for kind, (sent, waited) in _traffic(run).items()
     }
     own_sent = sum(sent for sent, _ in traffic.values())
+    own_waited = sum(waited for _, waited in traffic.values())
+    broken = not (math.isfinite(loss_sum) and gradients_are_finite(run))
     loss_sum, tokens, sent = _sum_over_ranks(run, loss_sum, tokens, own_sent)
+    most = torch.tensor([broken, own_waited, _memory()], dtype=torch.float64)
+    broken, waited, memory = run.control.all_reduce(most, "max").tolist()
+    grad_norm, nonfinite = 0.0, None
+    if broken:
+        _zero_gradients(run)
+        nonfinite = locate(run, lambda: _forward(run, batches, train=True))
+    elif tokens:
+        _, norm, _ = run.optimizer.step()
+        grad_norm = float(norm or 0)
+    lr = get_canonical_lr_for_logging(run.optimizer.param_groups)
+    run.scheduler.step(1)
     return StepResult(
-        loss_sum / max(tokens, 1), float(grad_norm or 0), float(lr or 0), int(sent), traffic
+        loss_sum / max(tokens, 1),
+        grad_norm,
+        float(lr or 0),
+        int(tokens),
+        int(sent),
+        waited,
+        int(memory),
+        traffic,
+        nonfinite,
     )
+
+
+def _zero_gradients(run: Run) -> None:
+    for stage in run.model:
+        stage.zero_grad_buffer()
+    run.optimizer.zero_grad()
+
+
+def _memory() -> int:
+    """Most bytes that this rank has held: of its GPU, or of the host where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def held_out_loss(run: Run, stream: PackedStream) -> float:

@@ -1,27 +1,38 @@
 """Training: `torchrun ... -m seqpar.launch.train CONFIG [section.key=value ...]`.
 
-One process without torchrun: `python -m seqpar.launch.train CONFIG [section.key=value ...]`.
+One process without torchrun: `seqpar train CONFIG [section.key=value ...]`.
 """
 
 import argparse
-import math
 import os
 import shlex
 import shutil
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 
 from seqpar.agreement import ExchangeError
 from seqpar.comm import Communicator
 from seqpar.launch.checks import check
 from seqpar.launch.config import Config, load_config, to_yaml
-from seqpar.launch.failure import UserError, leave, together
+from seqpar.launch.failure import LoneError, Stopped, UserError, leave, together
 from seqpar.launch.metrics import METRICS
 from seqpar.launch.ranks import start_ranks
+from seqpar.launch.signals import StopRequests
 from seqpar.launch.terminal import plain_messages
+
+if TYPE_CHECKING:
+    from seqpar.launch import checkpoint
+
+MOST_SKIPPED = 5
+"""How many steps in a row may be passed over."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +60,18 @@ def train(command: Command, control: Communicator) -> None:
 
     Raises:
         UserError: on every rank, for whatever the user can put right.
+        LoneError: on one rank.
     """
     config = together(control, lambda: load_config(command.config, command.overrides))
     sizes = together(control, lambda: check(config, control.size))
     # Megatron takes seconds to import; mistakes found above are told at once.
     from seqpar.launch import checkpoint
     from seqpar.launch.data import open_stream
+    from seqpar.launch.disk import on_disk
+    from seqpar.launch.recording import begin_memory_history, out_of_memory, profiled
     from seqpar.launch.report import Report
     from seqpar.launch.setup import build
-    from seqpar.launch.step import held_out_loss, train_step
+    from seqpar.launch.step import held_out_loss, read, train_step
 
     data, steps = config.data, config.train.steps
     folder = Path(config.log.folder)
@@ -72,37 +86,73 @@ def train(command: Command, control: Communicator) -> None:
     if config.checkpoint.resume is not None:
         done = checkpoint.load(run, saved, config.checkpoint.resume, common)
     together(control, lambda: _begin_folder(config, done.step) if leader else None)
+    if config.checkpoint.resume == "auto" and done.step >= steps:
+        if leader:
+            print(f"{folder} is trained to step {done.step} already")
+        return
+    together(control, lambda: _begin_folder(config, done.step) if leader else None)
     entropy = held_out.unigram_entropy if held_out else None
-    report = Report(config, done.step, entropy, not leader)
+    report = together(control, lambda: Report(config, done.step, control.size, entropy, not leader))
     parameters = [p for stage in run.model for p in stage.parameters()]
     report.begin(sizes, stream, sum(p.numel() for p in parameters))
-    saving: checkpoint.Saving | None = None
-    while done.step < steps:
-        report.clock.start()
-        result = train_step(run, stream, done.sequence)
-        report.clock.stop()
-        done = checkpoint.Progress(done.step + 1, done.sequence + config.train.global_batch)
-        report.step(done.step, result)
-        if not math.isfinite(result.loss):
-            raise UserError(
-                f"the loss is {result.loss} at step {done.step}: training has diverged; lower "
-                f"optimizer.lr={config.optimizer.lr} or optimizer.clip_grad, or raise "
-                "optimizer.warmup_steps"
-            )
-        if held_out and _due(config.train.evaluate_every, done.step, steps):
-            report.held_out(done.step, held_out_loss(run, held_out))
-        due = _due(config.checkpoint.every, done.step, steps)
-        if saving and saving.finished(wait=due):
-            report.checkpoint(saving.path)
-            saving = None
-        if due:
-            saving = checkpoint.Saving(run, saved, done, common)
-            if done.step == steps or not config.checkpoint.asynchronous:
-                saving.finished(wait=True)
-                report.checkpoint(saving.path)
-                saving = None
+    saver = checkpoint.Saver(run, saved, common, done.step, report.checkpoint)
+    stop = StopRequests()
+    skipped = 0
+
+    def tell(report_it: Callable[[], None]) -> None:
+        together(control, partial(on_disk, folder, report_it))
+
+    begin_memory_history(config)
+    try:
+        while done.step < steps:
+            sequences = range(done.sequence, done.sequence + config.train.global_batch)
+            report.clock.start()
+            with _kept(saver, done):
+                batches = read(run, stream, sequences)
+            with profiled(config, done.step + 1, control.rank):
+                result = train_step(run, batches)
+            report.clock.stop()
+            done = checkpoint.Progress(done.step + 1, sequences.stop)
+            tell(partial(report.step, done.step, result, sequences))
+            skipped = skipped + 1 if result.nonfinite else 0
+            if result.nonfinite and (config.train.on_nonfinite == "stop" or skipped > MOST_SKIPPED):
+                raise UserError(_diverged(config, done.step, result.nonfinite))
+            if held_out and _due(config.train.evaluate_every, done.step, steps):
+                with _kept(saver, done):
+                    loss = held_out_loss(run, held_out)
+                tell(partial(report.held_out, done.step, loss))
+            due = _due(config.checkpoint.every, done.step, steps)
+            saver.go_on(wait=due)
+            if due:
+                wait = done.step == steps or not config.checkpoint.asynchronous
+                saver.save(done, wait=wait)
+            if done.step < steps and stop.asked(control):
+                saver.save(done, wait=True)
+                raise Stopped(f"stopped as asked, and saved, after step {done.step}")
+    except torch.OutOfMemoryError as error:
+        raise LoneError(out_of_memory(config, control.rank, error)) from error
+    finally:
+        report.close()
     more = steps + max(1, steps // 2)
     report.end(command.again("checkpoint.resume=latest", f"train.steps={more}"))
+
+
+def _diverged(config: Config, step: int, where: str) -> str:
+    return (
+        f"step {step}: {where}: training has diverged; lower optimizer.lr={config.optimizer.lr} or "
+        "optimizer.clip_grad, or raise optimizer.warmup_steps; train.on_nonfinite=skip passes over "
+        "such steps"
+    )
+
+
+@contextmanager
+def _kept(saver: "checkpoint.Saver", done: "checkpoint.Progress") -> Iterator[None]:
+    """Save what has been learned before a mistake in the data ends the run."""
+    try:
+        yield
+    except UserError as error:
+        saver.save(done, wait=True)
+        raise UserError(f"{error} (the run is saved up to step {done.step})") from None
 
 
 def _due(every: int, step: int, steps: int) -> bool:
@@ -143,28 +193,42 @@ def _beside_python(name: str) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def main() -> None:
+EXAMPLES = """examples:
+  seqpar train launch/configs/demo.yaml train.steps=20 log.folder=runs/short
+  torchrun --nproc-per-node 8 -m seqpar.launch.train CONFIG data.sequence_length=1M
+
+Any setting of the file can be given as section.key=value; whole numbers take K and M. The config
+that a run wrote into its log.folder lists them all.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m seqpar.launch.train",
+        prog="seqpar train",
         description="Train a language model on sequences cut over all ranks of torchrun.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, see launch/configs")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     plain_messages()
     control = start_ranks()
-    message = None
+    ending: UserError | None = None
     try:
         train(Command(args.config, tuple(args.overrides)), control)
-    except ExchangeError as error:  # the others are gone or fail likewise: nothing to wait for
+    except (
+        ExchangeError,
+        LoneError,
+    ) as error:  # the others are gone or fail likewise: nothing to wait for
         leave(f"rank {control.rank}: {error}", 0)
     except UserError as error:
-        message = str(error)
+        ending = error
     control.barrier()  # a rank that leaves first would break the others' connections
     dist.destroy_process_group()
-    if message is not None:
-        leave(message, control.rank)
+    if ending is not None:
+        leave(str(ending), control.rank, ending.code)
 
 
 if __name__ == "__main__":

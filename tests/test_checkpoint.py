@@ -1,6 +1,7 @@
 """A run that is killed and resumed goes on as if nothing had been, or says what is wrong."""
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -165,23 +166,6 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     assert losses(tmp_path / "run") == losses(whole)
 
 
-def test_a_disk_that_is_full_is_told_by_all_ranks(config: str, tmp_path: Path) -> None:
-    def full(rank: int) -> None:
-        from seqpar.launch import checkpoint
-
-        def fails(*_: Any) -> None:
-            raise OSError(28, "No space left on device")
-
-        module: Any = checkpoint
-        if rank == 1:
-            module._write = fails
-
-    words = [f"log.folder={tmp_path}/run", *SAVING, "checkpoint.asynchronous=true"]
-    with pytest.raises(UserError, match="No space left on device"):
-        train_on(2, config, *words, before=full)
-    assert not list((tmp_path / "run/checkpoints").glob("step_*"))
-
-
 def test_a_resumed_run_chooses_its_exchanges_by_the_figures_it_began_with(
     config: str, tmp_path: Path
 ) -> None:
@@ -274,10 +258,23 @@ def test_damage_is_found_and_the_last_good_one_named(
     before = files(half)
     words = [f"log.folder={half}", *SAVING]
     with pytest.raises(UserError, match=message) as error:
-        train_on(2, config, *words, "checkpoint.resume=latest")
+        train_on(2, config, *words, "checkpoint.resume=8")
     assert str(newest) in str(error.value)
     assert "set checkpoint.resume=4" in str(error.value)
     assert files(half) == before
+
+
+def test_the_newest_intact_one_is_taken_and_the_damaged_one_named(
+    config: str, half: Path, whole: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    newest = half / "checkpoints/step_00000008"
+    _flip(newest / "__1_0.distcp")
+    words = [f"log.folder={half}", *SAVING, "checkpoint.resume=auto"]
+    text = train_on(2, config, *words, before=lambda rank: logging.basicConfig(force=True))
+    assert "resumed after step 4" in text
+    told = f"checkpoint {newest} is damaged: the content of file __1_0.distcp is not what was"
+    assert capfd.readouterr().err.count(told) == 1
+    assert losses(half) == losses(whole)
 
 
 def test_the_remedy_works_and_sets_the_damaged_one_aside(
@@ -305,7 +302,7 @@ OTHER = [
     ("data.sequence_length=128", r"data\.sequence_length is 256 there and 128 here"),
     ("train.seed=1", r"train\.seed is 1234 there and 1 here"),
     ("checkpoint.resume=7", r"no checkpoint of that step, but of 4, 8; nearest: 8"),
-    ("checkpoint.resume=newest", r'must be "latest" or the step of a checkpoint'),
+    ("checkpoint.resume=newest", r'must be "latest", "auto" or the step of a checkpoint'),
     ("train.steps=8", r"the checkpoint is of step 8, nothing is left to train"),
 ]
 
@@ -358,6 +355,14 @@ def test_only_the_newest_are_kept(config: str, tmp_path: Path) -> None:
     train_on(1, config, f"log.folder={tmp_path}/run", *words)
     kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert kept == ["step_00000004", "step_00000005"]
+
+
+def test_old_ones_are_removed_but_never_the_newest(config: str, half: Path) -> None:
+    for path in (half / "checkpoints").iterdir():
+        os.utime(path, (0, time.time() - 2 * 3600))
+    words = ["checkpoint.keep_hours=1.5", "checkpoint.resume=latest"]
+    train_on(1, config, f"log.folder={half}", *SAVING, *words)
+    assert [path.name for path in (half / "checkpoints").iterdir()] == ["step_00000012"]
 
 
 def test_a_changed_learning_rate_counts_after_resuming(config: str, half: Path) -> None:

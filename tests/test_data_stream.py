@@ -173,7 +173,7 @@ def _replace(path: Path) -> None:
 
 
 DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
-    (".idx", Path.unlink, r"cannot read .*x\.idx \(No such file.*; prepare it with python -m"),
+    (".idx", Path.unlink, r"cannot read .*x\.idx \(No such file.*; prepare it with seqpar prepare"),
     (".bin", Path.unlink, r"cannot read .*x\.bin \(No such file"),
     (".bin", _cut, r"x\.bin has \d+ bytes, not \d+; it is damaged or half-written"),
     (".idx", _cut, r"x\.idx has \d+ bytes, not \d+; it is damaged or half-written"),

@@ -75,7 +75,8 @@ def test_what_is_printed(alone: tuple[Path, str]) -> None:
     folder, text = alone
     lines = text.splitlines()
     first = next(line for line in lines if line.startswith("step  1/20"))
-    for part in ("loss 5.", "grad ", "lr ", "tokens/s", "ETA 0:0", "exchanged 0 B"):
+    parts = ["loss 5.", "grad ", "lr ", "tokens/s (", " a rank)", "exchanged 0 B, waited 0.00 s"]
+    for part in [*parts, "memory ", "ETA 0:"]:
         assert part in first
     held_out = [line for line in lines if "held-out loss" in line and "unigram entropy" in line]
     assert [line.split(":")[0] for line in held_out] == ["step 8", "step 16", "step 20"]

@@ -57,7 +57,8 @@ def package_files(root: Path) -> dict[str, str]:
     files = {
         str(Path(*source.package, source.path.name)): root / source.path for source in sources(root)
     }
-    files |= {f"seqpar/{path.relative_to(root)}": path for path in root.glob("launch/configs/*")}
+    for pattern in ("launch/configs/*", "launch/*.sh"):
+        files |= {f"seqpar/{path.relative_to(root)}": path for path in root.glob(pattern)}
     files["seqpar/py.typed"] = root / "seqpar/py.typed"
     return {name: digest(path.read_bytes()) for name, path in files.items()}
 

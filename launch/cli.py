@@ -1,0 +1,106 @@
+"""The command line: `seqpar COMMAND ...`, a table of modules that each have a `main(argv)`."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from seqpar.launch.terminal import plain_messages
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its help, and the module of this folder whose `main(argv)` runs it."""
+
+    help: str
+    module: str
+
+
+COMMANDS = {
+    "train": Command("train a model, alone or on all ranks of torchrun", "train"),
+    "prepare": Command("turn texts into a corpus of token ids", "prepare"),
+    "eval": Command("see whether a trained model uses its context, and let it write", "eval"),
+    "doctor": Command("look whether this machine is ready to train", "doctor"),
+}
+
+EXAMPLES = """examples:
+  seqpar prepare my_texts/ --output runs/data/mine --held-out 0.02
+  seqpar train launch/configs/demo.yaml data.path=runs/data/mine log.folder=runs/mine
+  torchrun --nproc-per-node 2 -m seqpar.launch.train launch/configs/demo.yaml
+  seqpar completion bash >> ~/.bashrc     (zsh and tcsh likewise)
+  seqpar COMMAND --help
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands, for help and completion; each parses its own words."""
+    top = argparse.ArgumentParser(
+        prog="seqpar",
+        description="Trains language models on sequences of millions of tokens.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.help).add_argument("words", nargs="*")
+    shells = commands.add_parser("completion", help="print a script that completes words")
+    shells.add_argument("shell", choices=["bash", "zsh", "tcsh"])
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = words[0] if words else "--help"
+    if name in COMMANDS:
+        return _run(COMMANDS[name], words[1:])
+    if not name.startswith("-") and name != "completion":
+        close = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        sys.exit(f"error: {name} is not a command; {hint}commands: {', '.join(COMMANDS)}")
+    shell = parser().parse_args([name, *words[1:]]).shell
+    try:
+        print(_completion(shell))
+    except ModuleNotFoundError as error:
+        _missing(error)
+
+
+def _completion(shell: str) -> str:
+    """A script for `shell` that completes commands, files and settings."""
+    import shtab
+
+    from seqpar.launch.config import all_keys
+
+    settings = " ".join(f"{key}=" for key in all_keys() if "." in key)
+    files_or_settings = {
+        "bash": f'_seqpar_words() {{ compgen -W "{settings}" -- "$1"; compgen -f -- "$1"; }}',
+        "zsh": f"_seqpar_words() {{ compadd -S '' -- {settings}; _files }}",
+    }
+    top = parser()
+    [commands] = (each for each in top._actions if isinstance(each, argparse._SubParsersAction))
+    for name in COMMANDS:
+        words: Any = commands.choices[name]._get_positional_actions()[0]
+        words.complete = dict.fromkeys(files_or_settings, "_seqpar_words")
+    script: str = shtab.complete(top, shell, preamble=files_or_settings)
+    return script
+
+
+def _run(command: Command, words: list[str]) -> None:
+    plain_messages()
+    try:
+        import_module(f"seqpar.launch.{command.module}").main(words)
+    except ModuleNotFoundError as error:
+        _missing(error)
+
+
+def _missing(error: ModuleNotFoundError) -> None:
+    if (error.name or "seqpar").startswith("seqpar"):
+        raise error
+    sys.exit(f"error: {error.name} is not installed: pip install 'seqpar[train]'")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Recorded for a closer look: a profile of chosen steps, the memory of a GPU that is full."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from seqpar.launch.config import Config
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_HISTORY = 200_000  # allocations and frees
+
+
+@contextmanager
+def profiled(config: Config, step: int, rank: int) -> Iterator[None]:
+    """Within: a step, profiled into log.folder/profile if that is asked for."""
+    if step not in config.log.profile_steps or rank not in config.log.profile_ranks:
+        yield
+        return
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities, record_shapes=True) as profiler:
+        yield
+    folder = Path(config.log.folder) / "profile"
+    try:
+        folder.mkdir(exist_ok=True)
+        profiler.export_chrome_trace(str(folder / f"step_{step}_rank_{rank}.json.gz"))
+    except (OSError, RuntimeError) as error:  # of one rank, and nothing to end a run for
+        logger.warning("rank %d: the profile of step %d is not written: %s", rank, step, error)
+
+
+def begin_memory_history(config: Config) -> None:
+    """From now on, keep where memory was allocated, if that is asked for."""
+    if config.log.memory_history and torch.cuda.is_available():
+        torch.cuda.memory._record_memory_history(max_entries=_LONGEST_HISTORY)
+
+
+def out_of_memory(config: Config, rank: int, error: torch.OutOfMemoryError) -> str:
+    """What to say when the GPU's memory is full; writes a snapshot of it into log.folder."""
+    path = Path(config.log.folder) / f"memory_rank_{rank}.pickle"
+    try:
+        torch.cuda.memory._dump_snapshot(str(path))
+        told = f"snapshot {path} (open it at pytorch.org/memory_viz)"
+    except (OSError, RuntimeError) as failure:
+        told = f"no snapshot ({failure})"
+    reserved, used = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
+    advice = [
+        f"more ranks a sequence (parallel.context, here {config.parallel.context or 'all left'})",
+        "optimizer.distributed=true" if not config.optimizer.distributed else "",
+        "train.precision=bf16" if config.train.precision != "bf16" else "",
+        "parallel.tensor or parallel.pipeline for the weights",
+        f"a shorter data.sequence_length (here {config.data.sequence_length})",
+    ]
+    if reserved > 1.2 * used:
+        advice.insert(0, "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, for much is fragmented")
+    history = "" if config.log.memory_history else "; log.memory_history=true adds who allocated it"
+    return (
+        f"out of GPU memory: {str(error).splitlines()[0]} What may help: "
+        f"{'; '.join(each for each in advice if each)}. {told}{history}"
+    )
