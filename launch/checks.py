@@ -7,6 +7,7 @@ from seqpar.exchange import EXCHANGES
 from seqpar.launch.config import Config, check_choice
 from seqpar.softmax import METHODS
 
+_RECOMPUTABLE = ("core_attn", "layernorm", "mlp", "moe")
 _LEAST = {
     "train.steps": 1,
     "train.global_batch": 1,
@@ -69,6 +70,8 @@ def _check_names(config: Config) -> None:
         ("parallel.softmax", config.parallel.softmax, ["auto", *METHODS]),
     ):
         check_choice(key, value, legal)
+    for name in config.train.recompute:
+        check_choice("train.recompute", name, _RECOMPUTABLE)
     resume = config.checkpoint.resume
     if resume is not None and resume not in ("latest", "auto") and not resume.isdecimal():
         raise ValueError(

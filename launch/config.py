@@ -31,6 +31,9 @@ class TrainSection:
     global_batch: int = 1  # packed sequences a step, over all data-parallel ranks
     seed: int = 1234
     precision: Literal["fp32", "bf16"] = "fp32"
+    # what of each layer is not kept for the backward pass but computed again, to save memory:
+    # core_attn (what is between a mixer's projections), layernorm, mlp, moe
+    recompute: list[str] = field(default_factory=list)
     evaluate_every: int = 0  # steps between held-out losses; 0: only at the end
     evaluate_sequences: int = 8  # packed sequences of the held-out corpus, at most
     # what to do with a step whose loss or gradient is NaN or Inf; after 5 skipped in a row: stop

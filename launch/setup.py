@@ -66,6 +66,7 @@ def build(config: Config, sizes: Sizes, control: Communicator) -> Run:
             stages=config.parallel.stages,
             sequence_parallel=sizes.tensor > 1,
             dtype=dtype,
+            **_recomputation(config),
         )
     except ValueError as error:  # names its arguments, here they are settings
         told = re.sub(r"\b(\w+)_parallel=", r"parallel.\1=", str(error))
@@ -126,6 +127,11 @@ def build(config: Config, sizes: Sizes, control: Communicator) -> Run:
         optimizer,
         _scheduler(config, optimizer),
     )
+
+
+def _recomputation(config: Config) -> dict[str, Any]:
+    modules = config.train.recompute
+    return {"recompute_granularity": "selective", "recompute_modules": modules} if modules else {}
 
 
 def _optimizer_config(config: Config) -> OptimizerConfig:
