@@ -85,7 +85,6 @@ def train(command: Command, control: Communicator) -> None:
     done = checkpoint.Progress()
     if config.checkpoint.resume is not None:
         done = checkpoint.load(run, saved, config.checkpoint.resume, common)
-    together(control, lambda: _begin_folder(config, done.step) if leader else None)
     if config.checkpoint.resume == "auto" and done.step >= steps:
         if leader:
             print(f"{folder} is trained to step {done.step} already")
