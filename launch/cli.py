@@ -3,11 +3,12 @@
 import argparse
 import difflib
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
+
+from seqpar.launch.terminal import plain_messages
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,7 @@ def _completion(shell: str) -> str:
 
 
 def _run(command: Command, words: list[str]) -> None:
-    for module in ("megatron", "torch"):  # hints for developers of those, when they are imported
-        warnings.filterwarnings("ignore", module=module)
+    plain_messages()
     try:
         import_module(f"seqpar.launch.{command.module}").main(words)
     except ModuleNotFoundError as error:

@@ -4,11 +4,9 @@ Its text is the Python standard library's own source, byte by byte. Extra words 
 in `python -m seqpar.launch.demo train.steps=20`.
 """
 
-import logging
 import os
 import sys
 import sysconfig
-import warnings
 from itertools import count
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from torch.distributed.run import parse_args, run
 
 from seqpar.launch.config import load_config
 from seqpar.launch.prepare import prepare
+from seqpar.launch.terminal import plain_messages
 
 RANKS = 2
 HELD_OUT = 0.05
@@ -36,8 +35,7 @@ def library_files() -> list[Path]:
 
 def main() -> None:
     """The command line."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    warnings.filterwarnings("ignore", module="megatron")
+    plain_messages()
     path = Path(__file__).with_name("configs") / "demo.yaml"
     try:
         config = load_config(str(path), sys.argv[1:])

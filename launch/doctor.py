@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata, util
@@ -26,6 +25,7 @@ import torch.distributed as dist
 from seqpar.comm import Communicator
 from seqpar.launch.config import Config, load_config
 from seqpar.launch.ranks import device_of_this_rank, start_ranks
+from seqpar.launch.terminal import plain_messages
 
 GOOD, NOTE, BAD = "ok", "note", "FAULT"
 
@@ -295,8 +295,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = load_config(args.config, args.overrides) if args.config else None
     except ValueError as error:
         sys.exit(f"error: {error}")
-    for module in ("megatron", "torch"):  # hints for developers of those, when they are imported
-        warnings.filterwarnings("ignore", module=module)
+    plain_messages()
     findings = examine(config, control)
     if control is not None:
         findings += _of_other_nodes(findings, control)

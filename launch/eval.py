@@ -5,7 +5,6 @@ keys and values of softmax layers.
 """
 
 import argparse
-import logging
 import os
 import sys
 from collections import deque
@@ -24,6 +23,7 @@ from seqpar.launch.data import Corpus, open_corpus
 from seqpar.launch.failure import UserError
 from seqpar.launch.generate import PART, Reader, generate, load_model
 from seqpar.launch.ranks import start_ranks
+from seqpar.launch.terminal import plain_messages
 from seqpar.launch.tokenizer import Tokenizer, load_tokenizer
 
 PARTS = 8
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
     parser.add_argument("--tokenizer", help="of a corpus that does not name it")
     args = parser.parse_intermixed_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    plain_messages()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.exit("error: eval runs on one GPU or CPU; start it without torchrun")
     try:

@@ -1,6 +1,7 @@
 """Metrics on disk: JSON lines, TensorBoard, W&B, and the loss plot drawn from the first."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ class Recorder:
         self._file = (folder / METRICS).open("ab", buffering=0)
         self._tensorboard: Any = None
         self._wandb: Any = None
-        if config.log.tensorboard:
+        if config.log.tensorboard and find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
             # steps of a run that went on after its checkpoint and was killed are taken back

@@ -11,7 +11,6 @@ import json
 import logging
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from seqpar.launch.terminal import plain_messages
 from seqpar.launch.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -231,8 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="of the documents, put into a corpus of their own, PREFIX.held_out",
     )
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    warnings.filterwarnings("ignore", module="megatron")
+    plain_messages()
     try:
         found = prepare(
             args.inputs,

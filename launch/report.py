@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 from seqpar.launch.checks import Sizes
@@ -10,6 +11,7 @@ from seqpar.launch.config import Config
 from seqpar.launch.data import PackedStream
 from seqpar.launch.flops import peak_of_this_gpu, step_flops
 from seqpar.launch.metrics import METRICS, Recorder, plot
+from seqpar.launch.packages import packages
 from seqpar.launch.step import StepResult
 
 
@@ -93,6 +95,7 @@ class Report:
         longer = int((corpus.lengths > self._config.data.sequence_length).sum())
         if longer:
             self._say(f"{_count(longer, 'document')} longer than a sequence, cut at its end")
+        self._say(packages())
         self._say(f"settings and everything else in {self._folder}")
         if self._first_step:
             self._say(f"resumed after step {self._first_step}")
@@ -169,7 +172,8 @@ class Report:
         if self._checkpoint:
             self._say(f"checkpoint  {self._checkpoint}")
         self._say(f"metrics     {self._folder / METRICS}")
-        self._say(f"loss plot   {plot(self._folder, self._entropy)}")
+        if find_spec("matplotlib"):
+            self._say(f"loss plot   {plot(self._folder, self._entropy)}")
         self._say(f"to resume   {resume}")
 
     def _say(self, line: str) -> None:

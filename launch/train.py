@@ -4,12 +4,10 @@ One process without torchrun: `seqpar train CONFIG [section.key=value ...]`.
 """
 
 import argparse
-import logging
 import os
 import shlex
 import shutil
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from seqpar.launch.failure import LoneError, Stopped, UserError, leave, together
 from seqpar.launch.metrics import METRICS
 from seqpar.launch.ranks import start_ranks
 from seqpar.launch.signals import StopRequests
+from seqpar.launch.terminal import plain_messages
 
 if TYPE_CHECKING:
     from seqpar.launch import checkpoint
@@ -86,7 +85,6 @@ def train(command: Command, control: Communicator) -> None:
     done = checkpoint.Progress()
     if config.checkpoint.resume is not None:
         done = checkpoint.load(run, saved, config.checkpoint.resume, common)
-    together(control, lambda: _begin_folder(config, done.step) if leader else None)
     if config.checkpoint.resume == "auto" and done.step >= steps:
         if leader:
             print(f"{folder} is trained to step {done.step} already")
@@ -214,9 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, see launch/configs")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for module in ("megatron", "torch"):  # hints for developers of those, at every start
-        warnings.filterwarnings("ignore", module=module)
+    plain_messages()
     control = start_ranks()
     ending: UserError | None = None
     try:

@@ -198,11 +198,12 @@ def measure(comm: Communicator, device: torch.device, node_size: int | None = No
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """On a GPU, on its stream: in training the host launches ahead, as it does here while the GPU
-    is kept waiting."""
+    is kept waiting. The first of two times lets the ranks' GPUs begin the second together."""
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.device(device):
             torch.cuda._sleep(4_000_000)  # cycles, about 2 ms
+            work()
             begin.record()
             work()
             end.record()

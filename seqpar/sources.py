@@ -69,10 +69,10 @@ class Gather:
         return dk, dv
 
     def _steps(self, k: Tensor) -> list[slice]:
-        """kv heads at a time: a quarter, that transfers may overlap, as long as there is room."""
+        """kv heads at a time: half, that transfers may overlap, as long as there is room."""
         heads, (dim, precise) = k.shape[2], (k.shape[3], max(k.element_size(), 4))
         one = 2 * k.shape[0] * self._sp.layout.total_tokens * dim * (k.element_size() + precise)
-        count = max(1, min(heads // 4, ROOM // one))
+        count = max(1, min(heads // 2, ROOM // one))
         return [slice(first, min(first + count, heads)) for first in range(0, heads, count)]
 
 

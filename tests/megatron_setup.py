@@ -18,10 +18,13 @@ from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.transformer.module import Float16Module  # noqa: E402
 
 import seqpar  # noqa: E402
+from seqpar.launch.ranks import device_of_this_rank  # noqa: E402
 from seqpar.models.compat import install  # noqa: E402
 from seqpar.models.config import MemoryConfig, ModelConfig  # noqa: E402
 from seqpar.models.language_model import Batch, build_language_model, forward_step  # noqa: E402
@@ -56,6 +59,7 @@ class Setting:
     softmax: str = "auto"  # method
     layout: str = "contiguous"
     shards: tuple[int, ...] | None = None  # tokens of each rank, where they differ
+    tokens: int = TOKENS
     documents: tuple[int, ...] | None = DOCUMENTS
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     microbatches: int = 1  # of each data-parallel rank
@@ -98,13 +102,17 @@ class Rank:
             stages=setting.stages,
             **setting.config,
         )
-        self.stages: list[Any] = build_language_model(
+        stages: list[Any] = build_language_model(
             model,
             self.config,
             groups,
             softmax_method=setting.softmax,
             memory=setting.memory,
         )
+        self.device = device_of_this_rank()
+        stages = [stage.to(self.device) for stage in stages]
+        half = self.config.bf16
+        self.stages = [Float16Module(self.config, stage) if half else stage for stage in stages]
         self.experts, self.tied = model.num_experts, model.tie_embeddings
 
     @property
@@ -171,20 +179,18 @@ class Rank:
         """Its shards of its micro-batches. A third of the labels, unevenly, does not count."""
         setting, count = self.setting, self.setting.microbatches
         layout = seqpar.Layout(
-            TOKENS, setting.context, setting.layout, setting.documents, setting.shards
+            setting.tokens, setting.context, setting.layout, setting.documents, setting.shards
         )
         sp = seqpar.SequenceParallel(self.groups.cp, layout)
         for index in range(count):
             seed = 1000 * step + self.groups.dp.rank() * count + index
             generator = torch.Generator().manual_seed(seed)
-            stream = torch.randint(0, 32, (1, TOKENS + 1), generator=generator)
-            draws = torch.rand(1, TOKENS, generator=generator)
-            mask = (draws > torch.linspace(0.1, 0.6, TOKENS)).float()
-            tokens, labels = (
-                layout.shard(stream[:, :-1], sp.rank),
-                layout.shard(stream[:, 1:], sp.rank),
-            )
-            yield Batch(tokens, labels, layout.shard(mask, sp.rank), sp)
+            stream = torch.randint(0, 32, (1, setting.tokens + 1), generator=generator)
+            draws = torch.rand(1, setting.tokens, generator=generator)
+            mask = (draws > torch.linspace(0.1, 0.6, setting.tokens)).float()
+            whole = stream[:, :-1], stream[:, 1:], mask
+            tokens, labels, mask = (layout.shard(x, sp.rank).to(self.device) for x in whole)
+            yield Batch(tokens, labels, mask, sp)
 
 
 def train_step(state: Rank, step: int = 0) -> Step:
@@ -199,13 +205,29 @@ def train_step(state: Rank, step: int = 0) -> Step:
         data_iterator=[iter(batches) for _ in ddp],
         model=ddp,
         num_microbatches=state.setting.microbatches,
-        seq_length=TOKENS,
+        seq_length=state.setting.tokens,
         micro_batch_size=1,
         forward_only=False,
     )
     gradients = {name: parameter.main_grad.clone() for name, parameter in state.parameters()}
     loss = sum(report["loss_sum"].item() for report in reports)
     return Step(loss, sum(int(report["tokens"]) for report in reports), gradients)
+
+
+def adam(state: Rank, lr: float) -> Any:
+    """Megatron's optimizer. Clipping bites, so that a wrong gradient norm changes what follows."""
+    half = state.config.bf16
+    options = OptimizerConfig(
+        optimizer="adam",
+        lr=lr,
+        weight_decay=0.1,
+        clip_grad=0.2,
+        adam_eps=1e-5,
+        use_distributed_optimizer=state.setting.distributed,
+        bf16=half,
+        params_dtype=torch.bfloat16 if half else torch.float32,
+    )
+    return get_megatron_optimizer(options, state.ddp, use_gloo_process_groups=False)
 
 
 def own_share(rank: int, model: ModelConfig, setting: Setting, weights: dict[str, Tensor]) -> Step:
@@ -226,13 +248,14 @@ def own_share(rank: int, model: ModelConfig, setting: Setting, weights: dict[str
 @functools.cache
 def _weights(description: str) -> dict[str, Tensor]:
     model = eval(description)
-    return run_ranks(_draw, 1, model)[0]
+    return run_ranks(draw_weights, 1, model)[0]
 
 
-def _draw(rank: int, model: ModelConfig) -> dict[str, Tensor]:
+def draw_weights(rank: int, model: ModelConfig) -> dict[str, Tensor]:
+    """`whole_weights`, on a rank that has no other groups yet."""
     state = Rank(model, Setting())
     return {
-        name: parameter.detach() + 0.3 * torch.randn(parameter.shape)
+        name: parameter.detach().cpu() + 0.3 * torch.randn(parameter.shape)
         for name, parameter in state.network.named_parameters()
     }
 

@@ -237,7 +237,7 @@ def _flip(path: Path) -> None:
 
 
 DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
-    ("__0_1.distcp", _cut, r"file __0_1\.distcp has \d+ bytes, its manifest says \d+"),
+    ("__0_0.distcp", _cut, r"file __0_0\.distcp has \d+ bytes, its manifest says \d+"),
     ("__1_0.distcp", _flip, r"the content of file __1_0\.distcp is not what was written"),
     (".metadata", Path.unlink, r"file \.metadata is missing"),
     ("metadata.json", _flip, r"the content of file metadata\.json"),

@@ -10,9 +10,7 @@ import torch
 from harness import run_ranks
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.transformer.module import Float16Module
-from megatron_setup import Rank, Setting, tiny, train_step, whole_weights
+from megatron_setup import Rank, Setting, adam, tiny, train_step, whole_weights
 from torch import Tensor
 
 from seqpar.launch.optimizer_state import load_state, sharded_state
@@ -57,21 +55,7 @@ def train(
     state = Rank(MODEL, spread)
     if weights is not None:
         state.load(weights)
-    half = state.config.bf16
-    if half:
-        state.stages = [Float16Module(state.config, stage) for stage in state.stages]
-    # Clipping bites, so that a wrong gradient norm changes what follows.
-    options = OptimizerConfig(
-        optimizer="adam",
-        lr=0.01,
-        weight_decay=0.1,
-        clip_grad=0.2,
-        adam_eps=1e-5,
-        use_distributed_optimizer=spread.distributed,
-        bf16=half,
-        params_dtype=torch.bfloat16 if half else torch.float32,
-    )
-    optimizer = get_megatron_optimizer(options, state.ddp, use_gloo_process_groups=False)
+    optimizer = adam(state, 0.01)
 
     def step(number: int) -> tuple[float, int, float]:
         optimizer.zero_grad()
@@ -154,7 +138,8 @@ def test_resumes_in_bfloat16_to_the_last_bit(tmp_path: Path) -> None:
 
 
 def test_bfloat16_resumes_with_the_other_optimizer(tmp_path: Path) -> None:
-    check("data, distributed", ["one"], tmp_path, 3e-2, dtype=torch.bfloat16)
+    """Passes are the same to the last bit; only sums of gradients, in fp32, have another order."""
+    check("data, distributed", ["one"], tmp_path, 1e-6, dtype=torch.bfloat16)
 
 
 def test_the_moments_matter_to_these_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ import torch
 from harness import run_ranks
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from megatron.core.transformer.module import Float16Module
 from megatron_setup import Rank, Setting, tiny, train_step
 from torch import Tensor
 
@@ -81,7 +80,6 @@ def test_random_state_of_tensor_parallel_ranks() -> None:
 
 def bfloat16_steps(rank: int) -> list[float]:
     state = Rank(tiny("GN"), Setting(context=2, config={"dtype": torch.bfloat16}))
-    state.stages = [Float16Module(state.config, stage) for stage in state.stages]
     options = OptimizerConfig(lr=0.01, bf16=True, params_dtype=torch.bfloat16, clip_grad=1.0)
     optimizer = get_megatron_optimizer(options, state.ddp)
     losses = []

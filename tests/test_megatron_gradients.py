@@ -9,7 +9,6 @@ import math
 import pytest
 import torch
 from harness import run_ranks
-from megatron.core.transformer.module import Float16Module
 from megatron_setup import (
     Rank,
     Setting,
@@ -56,7 +55,6 @@ def bfloat16_step(
 ) -> Step:
     state = Rank(model, setting)
     state.load(weights)
-    state.stages = [Float16Module(state.config, stage) for stage in state.stages]
     step = train_step(state)
     assert {parameter.dtype for _, parameter in state.parameters()} == {torch.bfloat16}
     assert {gradient.dtype for gradient in step.gradients.values()} == {torch.float32}

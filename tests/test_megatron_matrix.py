@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 from harness import run_ranks
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron_setup import Rank, Setting, tiny, train_step, whole_weights
+from megatron_setup import Rank, Setting, adam, tiny, train_step, whole_weights
 from torch import Tensor
 
 from seqpar.models.config import ModelConfig
@@ -103,16 +102,7 @@ def trajectory(
     """(this rank's loss sum, its tokens, gradient norm) of each step."""
     state = Rank(model, spread)
     state.load(weights)
-    # Clipping bites, so that a wrong gradient norm changes what follows.
-    options = OptimizerConfig(
-        optimizer="adam",
-        lr=lr,
-        weight_decay=0.1,
-        clip_grad=0.2,
-        adam_eps=1e-5,
-        use_distributed_optimizer=spread.distributed,
-    )
-    optimizer = get_megatron_optimizer(options, state.ddp, use_gloo_process_groups=False)
+    optimizer = adam(state, lr)
     found = []
     for step in range(STEPS):
         optimizer.zero_grad()

@@ -9,7 +9,6 @@ from harness import assert_close, run_ranks
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.mamba import MambaModel
-from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron_setup import Rank, Setting, tiny, whole_weights
 from torch import Tensor
@@ -152,8 +151,6 @@ def loss_in(rank: int, dtype: torch.dtype, weights: dict[str, Tensor]) -> float:
     state = Rank(tiny("GDN"), setting)
     state.load(weights)
     network = state.network
-    if dtype == torch.bfloat16:
-        network = Float16Module(state.config, network)
     output, loss_function = forward_step(state.batches(), network)
     loss, _, report = loss_function(output)
     loss.backward()

@@ -22,7 +22,7 @@ from boundaries import sources
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-LEFT_OUT = (".venv", ".git", "build", "dist", "runs", "*.egg-info", "__pycache__", ".*_cache")
+LEFT_OUT = (".venv*", ".git", "build", "dist", "runs", "*.egg-info", "__pycache__", ".*_cache")
 
 
 def run(*command: str | Path, cwd: Path, code: int = 0) -> str:

@@ -51,10 +51,11 @@ def batches(step: int) -> Iterator[dict[str, torch.Tensor]]:
     rows = torch.stack([text[(torch.arange(SEQUENCE + 1) + s) % len(text)] for s in starts])
     tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
     batch = {"tokens": tokens, "labels": labels, "loss_mask": (labels != ord(" ")).float()}
+    group = parallel_state.get_context_parallel_group()
     if "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters:
-        yield get_batch_on_this_cp_rank({**batch, "cu_seqlens": None}, False)
+        yield get_batch_on_this_cp_rank({**batch, "cu_seqlens": None}, False, cp_group=group)
     else:
-        yield get_batch_on_this_cp_rank(batch)
+        yield get_batch_on_this_cp_rank(batch, cp_group=group)
 
 
 def forward_step(data: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module) -> tuple:

@@ -46,6 +46,7 @@ class Bench:
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group("gloo", store=store, rank=0, world_size=1)
         self.comm = Communicator(dist.group.WORLD)
+        self._one = torch.ones(1, device=DEVICE)
         self.rows: list[Any] = []
         self._names = [field.name for field in fields(row)]
         self._path = out / f"{Path(sys.argv[0]).stem}.csv" if out and self.comm.rank == 0 else None
@@ -122,6 +123,7 @@ class Bench:
         if CUDA:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda._sleep(AHEAD)
+            self.comm.all_reduce(self._one)  # all GPUs begin together
             begin.record()
             call()
             end.record()
