@@ -1,13 +1,14 @@
 """Rules that tie settings to each other and to the number of ranks, each with its remedy."""
 
+import re
 from dataclasses import dataclass
 from math import lcm
 
 from seqpar.exchange import EXCHANGES
 from seqpar.launch.config import Config, check_choice
+from seqpar.models.config import RECOMPUTED, check_memory, check_sizes
 from seqpar.softmax import METHODS
 
-_RECOMPUTABLE = ("core_attn", "layernorm", "mlp", "moe")
 _LEAST = {
     "train.steps": 1,
     "train.global_batch": 1,
@@ -61,6 +62,7 @@ def check(config: Config, ranks: int) -> Sizes:
     _check_optimizer(config)
     sizes = _sizes(config, ranks)
     _check_lengths(config, sizes)
+    _check_model(config, sizes)
     return sizes
 
 
@@ -70,8 +72,8 @@ def _check_names(config: Config) -> None:
         ("parallel.softmax", config.parallel.softmax, ["auto", *METHODS]),
     ):
         check_choice(key, value, legal)
-    for name in config.train.recompute:
-        check_choice("train.recompute", name, _RECOMPUTABLE)
+    for name in config.memory.recompute:
+        check_choice("memory.recompute", name, RECOMPUTED)
     resume = config.checkpoint.resume
     if resume is not None and resume not in ("latest", "auto") and not resume.isdecimal():
         raise ValueError(
@@ -135,6 +137,23 @@ def _sizes(config: Config, ranks: int) -> Sizes:
         left // context,
         parallel.expert_tensor,
     )
+
+
+def _check_model(config: Config, sizes: Sizes) -> None:
+    check_memory(config.memory)
+    try:
+        check_sizes(
+            config.model,
+            tensor_parallel=sizes.tensor,
+            context_parallel=sizes.context,
+            pipeline_parallel=sizes.pipeline,
+            expert_parallel=sizes.expert,
+            expert_tensor_parallel=sizes.expert_tensor,
+            stages=config.parallel.stages,
+        )
+    except ValueError as error:  # names its arguments, here they are settings
+        told = re.sub(r"\b(\w+)_parallel=", r"parallel.\1=", str(error))
+        raise ValueError(re.sub(r"\bstages=", "parallel.stages=", told)) from None
 
 
 def _check_lengths(config: Config, sizes: Sizes) -> None:

@@ -23,6 +23,7 @@ COMMANDS = {
     "train": Command("train a model, alone or on all ranks of torchrun", "train"),
     "prepare": Command("turn texts into a corpus of token ids", "prepare"),
     "eval": Command("see whether a trained model uses its context, and let it write", "eval"),
+    "plan": Command("say whether a run fits and how long it takes, without a GPU", "plan"),
     "doctor": Command("look whether this machine is ready to train", "doctor"),
 }
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from seqpar.models.config import ModelConfig
+from seqpar.models.config import MemoryConfig, ModelConfig
 
 CONFIGS = Path(__file__).resolve().with_name("configs")
 """The folder of the configurations that come with the project."""
@@ -31,9 +31,6 @@ class TrainSection:
     global_batch: int = 1  # packed sequences a step, over all data-parallel ranks
     seed: int = 1234
     precision: Literal["fp32", "bf16"] = "fp32"
-    # what of each layer is not kept for the backward pass but computed again, to save memory:
-    # core_attn (what is between a mixer's projections), layernorm, mlp, moe
-    recompute: list[str] = field(default_factory=list)
     evaluate_every: int = 0  # steps between held-out losses; 0: only at the end
     evaluate_sequences: int = 8  # packed sequences of the held-out corpus, at most
     # what to do with a step whose loss or gradient is NaN or Inf; after 5 skipped in a row: stop
@@ -118,6 +115,7 @@ class Config:
     train: TrainSection = field(default_factory=TrainSection)
     data: DataSection = field(default_factory=DataSection)
     model: ModelConfig = field(default_factory=ModelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     parallel: ParallelSection = field(default_factory=ParallelSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)

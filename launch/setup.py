@@ -1,6 +1,5 @@
 """Builds what a training run consists of on this rank: groups, model, optimizer, schedule."""
 
-import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,22 +54,17 @@ def build(config: Config, sizes: Sizes, control: Communicator) -> Run:
     compat.install()
     device = device_of_this_rank()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
-    try:
-        model_config = transformer_config(
-            config.model,
-            tensor_parallel=sizes.tensor,
-            context_parallel=sizes.context,
-            pipeline_parallel=sizes.pipeline,
-            expert_parallel=sizes.expert,
-            expert_tensor_parallel=sizes.expert_tensor,
-            stages=config.parallel.stages,
-            sequence_parallel=sizes.tensor > 1,
-            dtype=dtype,
-            **_recomputation(config),
-        )
-    except ValueError as error:  # names its arguments, here they are settings
-        told = re.sub(r"\b(\w+)_parallel=", r"parallel.\1=", str(error))
-        raise ValueError(re.sub(r"\bstages=", "parallel.stages=", told)) from None
+    model_config = transformer_config(
+        config.model,
+        tensor_parallel=sizes.tensor,
+        context_parallel=sizes.context,
+        pipeline_parallel=sizes.pipeline,
+        expert_parallel=sizes.expert,
+        expert_tensor_parallel=sizes.expert_tensor,
+        stages=config.parallel.stages,
+        sequence_parallel=sizes.tensor > 1,
+        dtype=dtype,
+    )
     parallel_state.initialize_model_parallel(
         sizes.tensor,
         sizes.pipeline,
@@ -87,7 +81,11 @@ def build(config: Config, sizes: Sizes, control: Communicator) -> Run:
         grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.distributed
     )
     stages: list[Any] = build_language_model(
-        config.model, model_config, groups, softmax_method=config.parallel.softmax
+        config.model,
+        model_config,
+        groups,
+        softmax_method=config.parallel.softmax,
+        memory=config.memory,
     )
     model = []
     for index, stage in enumerate(stages):
@@ -127,11 +125,6 @@ def build(config: Config, sizes: Sizes, control: Communicator) -> Run:
         optimizer,
         _scheduler(config, optimizer),
     )
-
-
-def _recomputation(config: Config) -> dict[str, Any]:
-    modules = config.train.recompute
-    return {"recompute_granularity": "selective", "recompute_modules": modules} if modules else {}
 
 
 def _optimizer_config(config: Config) -> OptimizerConfig:

@@ -1,6 +1,7 @@
 """The model's shape in plain types, and its checks. Imports neither torch nor Megatron."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 MIXERS = {"G": "gla", "D": "gated_deltanet", "N": "softmax"}
@@ -54,6 +55,52 @@ class ModelConfig:
     tie_embeddings: bool = False
     norm_epsilon: float = 1e-5
     init_std: float = 0.02
+
+
+@dataclass
+class MemoryConfig:
+    """What is kept of a forward pass, and what is made again in the backward pass.
+
+    Each layer has a mixer and an MLP, or a mixture of experts. Of those that are made again only
+    the input is kept, a single one of a layer where both are.
+
+    Attributes:
+        loss_tokens: tokens of a sequence whose logits exist at a time; 0: all.
+        recompute: which of RECOMPUTED are made again.
+        mlp_tokens: tokens of a rank that an MLP, or its experts, that is made again works on at a
+            time; 0: all.
+        keep_attention: whether the output of softmax attention is kept where the rest of its mixer
+            is made again; attention takes longer than all else in long sequences.
+        offload_layers: how many layers, the first of each pipeline stage, keep what is made again
+            from in the host's memory.
+    """
+
+    loss_tokens: int = 2048
+    recompute: list[str] = dataclasses.field(default_factory=list)
+    mlp_tokens: int = 16384
+    keep_attention: bool = True
+    offload_layers: int = 0
+
+
+RECOMPUTED = ("linear", "softmax", "mlp")
+"""Mixers of linear layers, mixers of softmax layers, and the MLPs or experts of all."""
+
+
+def check_memory(memory: MemoryConfig) -> None:
+    """Raise ValueError for settings that cannot be."""
+    for name in ("loss_tokens", "mlp_tokens", "offload_layers"):
+        check_at_least(f"memory.{name}", getattr(memory, name), 0)
+    for name in memory.recompute:
+        if name not in RECOMPUTED:
+            raise ValueError(
+                f"memory.recompute={list(memory.recompute)} may hold {', '.join(RECOMPUTED)}, not "
+                f"{name!r}"
+            )
+    if memory.offload_layers and not memory.recompute:
+        raise ValueError(
+            f"memory.offload_layers={memory.offload_layers} moves what layers are made again from, "
+            f"and memory.recompute is empty; set it to [{', '.join(RECOMPUTED)}]"
+        )
 
 
 def layer_mixers(model: ModelConfig) -> list[str]:
@@ -132,6 +179,63 @@ def _check(model: ModelConfig) -> None:
         raise ValueError(
             f"model.moe_top_k={model.moe_top_k} must not be above "
             f"model.num_experts={model.num_experts}; nearest: {model.num_experts}"
+        )
+
+
+def check_sizes(
+    model: ModelConfig,
+    *,
+    tensor_parallel: int = 1,
+    context_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    expert_parallel: int = 1,
+    expert_tensor_parallel: int = 1,
+    stages: Sequence[int] | None = None,
+) -> None:
+    """Raise ValueError, with the nearest that do, for parallel sizes that do not divide `model`.
+
+    Args: see seqpar.models.transformer.transformer_config.
+    """
+    model = resolved(model)
+    layers = len(layer_mixers(model))
+    for name, size in (
+        ("tensor_parallel", tensor_parallel),
+        ("context_parallel", context_parallel),
+        ("pipeline_parallel", pipeline_parallel),
+        ("expert_parallel", expert_parallel),
+        ("expert_tensor_parallel", expert_tensor_parallel),
+    ):
+        check_at_least(name, size, 1)
+    check_divides("tensor_parallel", tensor_parallel, "model.num_heads", model.num_heads)
+    if tensor_parallel % model.kv_heads:  # otherwise several ranks share one
+        check_divides("tensor_parallel", tensor_parallel, "model.kv_heads", model.kv_heads)
+    check_divides("tensor_parallel", tensor_parallel, "model.vocab_size", model.vocab_size)
+    check_divides(
+        "tensor_parallel", tensor_parallel, "model.ffn_hidden_size", model.ffn_hidden_size
+    )
+    if stages is None:
+        check_divides("pipeline_parallel", pipeline_parallel, "the layers of model.pattern", layers)
+    else:
+        _check_stages(stages, pipeline_parallel, layers)
+    check_divides("expert_parallel", expert_parallel, "model.num_experts", model.num_experts or 1)
+    check_divides(
+        "expert_tensor_parallel",
+        expert_tensor_parallel,
+        "model.moe_ffn_hidden_size",
+        model.moe_ffn_hidden_size if model.num_experts else 1,
+    )
+
+
+def _check_stages(stages: Sequence[int], pipeline_parallel: int, layers: int) -> None:
+    if not stages or len(stages) % pipeline_parallel:
+        raise ValueError(
+            f"stages={list(stages)} has {len(stages)} entries, their number must be a multiple of "
+            f"pipeline_parallel={pipeline_parallel}"
+        )
+    if min(stages) < 0 or sum(stages) != layers:
+        raise ValueError(
+            f"stages={list(stages)} must be layers of each stage and add up to the {layers} of "
+            f"model.pattern, not {sum(stages)}"
         )
 
 

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -16,7 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from seqpar import SequenceParallel
-from seqpar.models.config import ModelConfig
+from seqpar.models.config import MemoryConfig, ModelConfig, check_memory
+from seqpar.models.loss import linear_cross_entropy
 from seqpar.models.norm import RMSNorm
 from seqpar.models.sequence import SequenceParallelParams
 from seqpar.models.specs import hybrid_layer_spec
@@ -28,6 +31,7 @@ def build_language_model(
     groups: ProcessGroupCollection,
     *,
     softmax_method: str = "auto",
+    memory: MemoryConfig | None = None,
 ) -> list[GPTModel]:
     """Build this rank's part of the model: one GPTModel for each of its pipeline stages.
 
@@ -40,6 +44,7 @@ def build_language_model(
         groups: the process groups; tp, cp, pp and embd, and ep, expt_tp, expt_dp, tp_cp, tp_ep and
             tp_dp_cp for a mixture of experts.
         softmax_method: how keys and values of softmax layers cross ranks.
+        memory: what is kept of a forward pass; None: the defaults.
 
     Returns:
         the stages in their order; the last one of all, called with labels, gives the loss of each
@@ -48,14 +53,17 @@ def build_language_model(
     Raises:
         ValueError: a shape that is not possible, see seqpar.models.config.resolved.
     """
-    layer = hybrid_layer_spec(model, softmax_method)
+    memory = memory or MemoryConfig()
+    check_memory(memory)
+    layer = hybrid_layer_spec(model, memory, softmax_method)
     rank, last = groups.pp.rank(), groups.pp.size() - 1
     turns = config.virtual_pipeline_model_parallel_size
     stages = []
     for turn in range(turns or 1):
         vp_stage = turn if turns else None
         layers = get_num_layers_to_build(config, vp_stage, rank)
-        stage = GPTModel(
+        stage = _Stage(
+            memory,
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules([layer] * layers, RMSNorm),
             vocab_size=model.vocab_size,
@@ -69,6 +77,50 @@ def build_language_model(
         )
         stages.append(stage)
     return stages
+
+
+class _Stage(GPTModel):
+    """Megatron's model of some layers; the last one's loss never has all logits at once."""
+
+    def __init__(self, memory: MemoryConfig, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.loss_tokens = memory.loss_tokens
+        if self.post_process:
+            self.output_layer.__class__ = _OutputLayer  # GPTModel builds Megatron's by its name
+
+    def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | None, **others: Any) -> Any:
+        if not self.post_process or labels is None:
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, **others)
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else None
+        return self.output_layer(hidden_states, weight, labels=labels, chunk=self.loss_tokens)
+
+
+class _OutputLayer(ColumnParallelLinear):
+    """Megatron's, which can also give the loss of each token.
+
+    By a call of the module, for Megatron's hooks on it wait for its weight.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        *arguments: Any,
+        labels: Tensor | None = None,
+        chunk: int = 0,
+        **others: Any,
+    ) -> Any:
+        if labels is None:
+            return super().forward(x, *arguments, **others)
+        [weight] = arguments
+        return linear_cross_entropy(
+            x,
+            self.weight if weight is None else weight,
+            labels,
+            chunk_tokens=chunk,
+            tp_group=self.tp_group,
+            sequence_parallel=self.sequence_parallel,
+        )
 
 
 @dataclass

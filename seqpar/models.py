@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from seqpar.models.config import MemoryConfig as MemoryConfig
     from seqpar.models.config import ModelConfig as ModelConfig
     from seqpar.models.language_model import Batch as Batch
     from seqpar.models.language_model import build_language_model as build_language_model
     from seqpar.models.language_model import forward_step as forward_step
+    from seqpar.models.loss import linear_cross_entropy as linear_cross_entropy
     from seqpar.models.norm import RMSNorm as RMSNorm
     from seqpar.models.sequence import SequenceParallelParams as SequenceParallelParams
     from seqpar.models.specs import core_attention_spec as core_attention_spec
@@ -26,6 +28,7 @@ __path__ = [str(Path(__file__).with_suffix(""))]
 
 _HOMES = {
     "Batch": "language_model",
+    "MemoryConfig": "config",
     "ModelConfig": "config",
     "RMSNorm": "norm",
     "SequenceParallelParams": "sequence",
@@ -34,6 +37,7 @@ _HOMES = {
     "forward_step": "language_model",
     "hybrid_stack_spec": "specs",
     "linear_attention_spec": "specs",
+    "linear_cross_entropy": "loss",
     "pattern_spec": "specs",
     "softmax_attention_spec": "specs",
     "transformer_config": "transformer",

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from seqpar.context import SequenceParallel, alone
 from seqpar.exchange import EXCHANGES
+from seqpar.kept import recall, remember
 from seqpar.kernels.chunked import CHUNK
 from seqpar.kernels.family import Family
 from seqpar.kernels.pieces import Late, Pieces
@@ -62,14 +63,17 @@ class _Call:
     def start(self, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor) -> None:
         family, sp = self.family, self.sp
         self.pieces = pieces = sp.pieces(sp.segment_tokens or family.piece_tokens(k, v))
-        states = _states(k, v, len(pieces.entered))
-        if sp.exchanges:
-            sp.enter(self.name, q=q, v=v)
-        entering, A = _ready(states), None
         prepared = family.prepare(q, k, v, gates, self.scale, pieces)
-        if pieces.left or sp.exchanges:
+        known = recall()
+        states, A = known or (_states(k, v, len(pieces.entered)), None)
+        assert states is not None
+        entering = _ready(states)
+        if sp.exchanges and known is None:
+            sp.enter(self.name, q=q, v=v)
+        if (pieces.left or sp.exchanges) and known is None:
             A, B = prepared.summarize()
             entering = _scan(family, sp, pieces, A, B, states, backwards=False)
+        remember(states, A)
         self._half = [prepared, entering, (q, k, v, states, A, *gates)]
 
     def finish(self, ctx: Any) -> Tensor:

@@ -26,7 +26,7 @@ from megatron.core.transformer.module import Float16Module  # noqa: E402
 import seqpar  # noqa: E402
 from seqpar.launch.ranks import device_of_this_rank  # noqa: E402
 from seqpar.models.compat import install  # noqa: E402
-from seqpar.models.config import ModelConfig  # noqa: E402
+from seqpar.models.config import MemoryConfig, ModelConfig  # noqa: E402
 from seqpar.models.language_model import Batch, build_language_model, forward_step  # noqa: E402
 from seqpar.models.transformer import transformer_config  # noqa: E402
 
@@ -61,6 +61,7 @@ class Setting:
     shards: tuple[int, ...] | None = None  # tokens of each rank, where they differ
     tokens: int = TOKENS
     documents: tuple[int, ...] | None = DOCUMENTS
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     microbatches: int = 1  # of each data-parallel rank
     config: dict[str, Any] = field(default_factory=dict)  # more fields for transformer_config
 
@@ -102,7 +103,11 @@ class Rank:
             **setting.config,
         )
         stages: list[Any] = build_language_model(
-            model, self.config, groups, softmax_method=setting.softmax
+            model,
+            self.config,
+            groups,
+            softmax_method=setting.softmax,
+            memory=setting.memory,
         )
         self.device = device_of_this_rank()
         stages = [stage.to(self.device) for stage in stages]

@@ -160,7 +160,7 @@ def test_files_that_do_not_do(tmp_path: Path, text: bytes, parts: list[str]) -> 
             ],
             "must be a multiple of 2 data-parallel times 2 pipeline ranks",
         ),
-        (1, ["train.recompute=[moe,mlpp]"], "did you mean mlp?"),
+        (1, ["memory.recompute=[linear,mlpp]"], "did you mean mlp?"),
         (1, ["parallel.exchange=rign"], "did you mean ring?"),
         (1, ["parallel.softmax=rign"], "did you mean ring?"),
         (1, ["checkpoint.resume=last"], 'must be "latest", "auto" or the step'),
@@ -179,7 +179,11 @@ def test_settings_that_do_not_fit_each_other(
         (8, [], Sizes(8, 1, 1, 1, 1)),
         (8, ["parallel.tensor=2"], Sizes(4, 2, 1, 1, 1)),
         (8, ["parallel.context=2", "train.global_batch=4"], Sizes(2, 1, 1, 1, 4)),
-        (8, ["parallel.pipeline=2", "parallel.expert=4"], Sizes(4, 1, 2, 4, 1)),
+        (
+            8,
+            ["parallel.pipeline=2", "parallel.expert=4", "model.num_experts=4"],
+            Sizes(4, 1, 2, 4, 1),
+        ),
     ],
 )
 def test_sizes(path: str, ranks: int, words: list[str], sizes: Sizes) -> None:

@@ -34,7 +34,16 @@ PARALLEL = {
     "cp4": (4, ["parallel.context=4", "parallel.measure_links=true"]),
     "dp2": (2, ["parallel.context=1"]),
     "cp2 dp2": (4, ["parallel.context=2"]),
-    "recomputed": (1, ["train.recompute=[core_attn,layernorm,moe]"]),
+    "cp2, as little memory as possible": (
+        2,
+        [
+            "memory.recompute=[linear,softmax,mlp]",
+            "memory.keep_attention=false",
+            "memory.mlp_tokens=50",
+            "memory.loss_tokens=50",
+            "memory.offload_layers=1",
+        ],
+    ),
 }  # other kinds of parallelism draw other first weights, see test_checkpoint.py
 
 
@@ -51,24 +60,6 @@ def test_losses_do_not_depend_on_how_the_work_is_spread(
         assert found[step][0] == pytest.approx(expected[step][0], abs=1e-4), step
         assert found[step][1] == pytest.approx(expected[step][1], rel=1e-3), step
         assert found[step][2] == expected[step][2]
-
-
-def test_what_is_recomputed_is_told_to_megatron(config: str, tmp_path: Path) -> None:
-    def tell(rank: int) -> None:
-        from seqpar.launch import setup
-
-        module: Any = setup
-        build = module.build_language_model
-
-        def told(model: Any, found: Any, *args: Any, **options: Any) -> Any:
-            print("recomputed:", found.recompute_granularity, found.recompute_modules)
-            return build(model, found, *args, **options)
-
-        module.build_language_model = told
-
-    words = ["train.steps=1", "optimizer.warmup_steps=0", "train.recompute=[core_attn,moe]"]
-    text = train_on(1, config, f"log.folder={tmp_path}/run", *words, before=tell)
-    assert "recomputed: selective ['core_attn', 'moe']" in text
 
 
 def test_what_is_printed(alone: tuple[Path, str]) -> None:

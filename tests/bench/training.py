@@ -329,7 +329,7 @@ def main() -> None:
         f"train.steps={args.steps + 1}",  # the last one is not done
         "train.global_batch=1",
         "train.evaluate_every=0",
-        "train.recompute=[moe]",
+        "memory.recompute=[mlp]",
         f"data.path={args.data.resolve()}",
         "data.held_out=null",
         "data.sequence_length=32K",

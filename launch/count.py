@@ -1,0 +1,349 @@
+"""What a run consists of, counted from its configuration alone: parameters, FLOPs, bytes a rank.
+
+Parameters are exact. Activations are what the layers keep for the backward pass, tensor by tensor;
+what comes and goes within a layer is estimated. Documents are taken to be as long as the sequence,
+and tokens to be spread evenly over experts. Imports neither torch nor Megatron.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+
+from seqpar.launch.checks import Sizes
+from seqpar.launch.config import Config
+from seqpar.models.config import ModelConfig, layer_mixers, resolved
+
+Parts = defaultdict[str, float]
+"""Bytes, or seconds, by what they are for."""
+
+RESERVED = 1.5 * 2**30
+"""Bytes of a GPU that CUDA, NCCL and the kernels themselves take."""
+
+FRAGMENTS = 0.05
+"""The part of a GPU's memory that PyTorch holds and cannot use."""
+
+PIECES = 128
+"""States of a linear layer that are kept: its heads times the pieces that a rank's tokens are cut
+into so that all multiprocessors have work."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Of one layer, or of all a rank holds; of which `experts` belong to experts."""
+
+    total: float = 0
+    experts: float = 0
+
+    def __add__(self, other: "Parameters") -> "Parameters":
+        return Parameters(self.total + other.total, self.experts + other.experts)
+
+
+ALONE = Sizes(1, 1, 1, 1, 1)
+
+
+def layer_parameters(m: ModelConfig, mixer: str, sizes: Sizes = ALONE) -> Parameters:
+    """Of one layer of the resolved model `m`, as far as one rank holds them."""
+    hidden, heads, key, value = m.hidden_size, m.num_heads, m.head_dim, m.value_head_dim
+    tp = sizes.tensor
+    out = hidden * (heads * m.softmax_head_dim if mixer == "softmax" else heads * value)
+    cut = hidden * in_width(m, mixer) + out
+    whole = 2 * hidden  # the norms
+    if mixer == "gla":
+        cut += (m.gate_rank + 1) * heads * key
+        whole += hidden * m.gate_rank + value
+    if mixer == "gated_deltanet":
+        cut += heads * ((2 * key + value) * m.conv_width + 2)
+        whole += value
+    if not m.num_experts:
+        return Parameters((cut + 3 * hidden * m.ffn_hidden_size) / tp + whole)
+    ranks = sizes.expert * sizes.expert_tensor
+    experts = 3 * hidden * m.moe_ffn_hidden_size * m.num_experts / ranks
+    return Parameters(cut / tp + whole + hidden * m.num_experts + experts, experts)
+
+
+def in_width(m: ModelConfig, mixer: str) -> int:
+    """Numbers that a mixer's first projection gives a token."""
+    if mixer == "softmax":
+        return (m.num_heads + 2 * m.kv_heads) * m.softmax_head_dim
+    gates = 2 if mixer == "gated_deltanet" else 0
+    return m.num_heads * (2 * m.head_dim + 2 * m.value_head_dim + gates)
+
+
+def parameters(config: Config, sizes: Sizes = ALONE, rank: int = 0) -> Parameters:
+    """Of the whole model; or of what a rank of pipeline rank `rank` holds."""
+    m = resolved(config.model)
+    stages = stages_of(config, sizes)
+    total = Parameters()
+    for stage in range(rank, len(stages), sizes.pipeline):
+        for mixer in stages[stage]:
+            total += layer_parameters(m, mixer, sizes)
+    words = m.vocab_size * m.hidden_size / sizes.tensor
+    if rank == 0:
+        total += Parameters(words)
+    if rank == sizes.pipeline - 1:
+        shared = m.tie_embeddings and sizes.pipeline == 1
+        total += Parameters(m.hidden_size + (0 if shared else words))
+    return total
+
+
+def stages_of(config: Config, sizes: Sizes) -> list[list[str]]:
+    """The mixers of each pipeline stage, in the order of the layers."""
+    mixers = layer_mixers(config.model)
+    counts = config.parallel.stages or [len(mixers) // sizes.pipeline] * sizes.pipeline
+    found, at = [], 0
+    for count in counts:
+        found.append(mixers[at : at + count])
+        at += count
+    return found
+
+
+@dataclass(frozen=True)
+class Count:
+    """What one rank of a run holds and does.
+
+    Attributes:
+        config, sizes: the run.
+        rank: the pipeline rank.
+    """
+
+    config: Config
+    sizes: Sizes
+    rank: int = 0
+
+    @cached_property
+    def model(self) -> ModelConfig:
+        return resolved(self.config.model)
+
+    @cached_property
+    def mixers(self) -> list[str]:
+        """Of this rank's layers."""
+        stages = stages_of(self.config, self.sizes)
+        return [mixer for stage in stages[self.rank :: self.sizes.pipeline] for mixer in stage]
+
+    @property
+    def last(self) -> bool:
+        return self.rank == self.sizes.pipeline - 1
+
+    @property
+    def element(self) -> int:
+        """Bytes of a number in an activation."""
+        return 2 if self.config.train.precision == "bf16" else 4
+
+    @property
+    def tokens(self) -> float:
+        """Of a micro-batch, on this rank."""
+        return self.config.data.sequence_length / self.sizes.context
+
+    @property
+    def microbatches(self) -> int:
+        return max(1, self.config.train.global_batch // self.sizes.data)
+
+    @property
+    def recomputed(self) -> frozenset[str]:
+        return frozenset(self.config.memory.recompute)
+
+    @property
+    def mlp(self) -> str:
+        return "experts" if self.model.num_experts else "MLPs"
+
+    # -- bytes a token and layer ------------------------------------------------------------------
+
+    @property
+    def hidden(self) -> float:
+        """Bytes of a token's hidden state on this rank."""
+        return self.model.hidden_size / self.sizes.tensor * self.element
+
+    def mixer_bytes(self, mixer: str) -> float:
+        """Bytes a token that a mixer keeps, its input and the norm of it included."""
+        m, e, tp = self.model, self.element, self.sizes.tensor
+        heads, key, value = m.num_heads, m.head_dim, m.value_head_dim
+        common = 2 * self.hidden + 4 / tp  # the input, normalised; one number of the norm
+        projected = in_width(m, mixer) * e
+        if mixer == "softmax":
+            query, kv = heads * m.softmax_head_dim * e, m.kv_heads * m.softmax_head_dim * e
+            traded = (
+                query if self.sizes.context > 1 else 0
+            )  # queries, and outputs on their way back
+            return common + (projected + 2 * query + kv + traded + 4 * heads) / tp
+        outputs = 2 * heads * value * e + 4 * heads  # of the recurrence and of its norm
+        if mixer == "gla":
+            gates = 2 * 4 * heads * key  # fp32, before and after the log-sigmoid
+            return common + (projected + outputs + gates + m.gate_rank * e) / tp
+        convolved = heads * (2 * key + value) * e + 2 * heads * (key * e + 4)
+        gates = 5 * 4 * heads
+        return common + (projected + outputs + convolved + gates) / tp
+
+    @property
+    def mlp_bytes(self) -> float:
+        """Bytes a token that an MLP, or its experts, keeps; its input and the norm included."""
+        m, e, tp = self.model, self.element, self.sizes.tensor
+        common = 2 * self.hidden + 4 / tp
+        if not m.num_experts:
+            return common + 5 * m.ffn_hidden_size * e / tp
+        shared = self.sizes.expert_tensor  # ranks that gather each other's tokens
+        row = m.hidden_size * shared + 6 * m.moe_ffn_hidden_size  # of a token for an expert
+        router = m.num_experts * 9 + m.moe_top_k * 32
+        return common + (m.moe_top_k * row * e + router) / tp
+
+    @property
+    def state_bytes(self) -> float:
+        """Of the states that one linear layer keeps."""
+        m = self.model
+        pieces = max(PIECES, m.num_heads // self.sizes.tensor)
+        return 4 * pieces * m.head_dim * m.value_head_dim
+
+    def _attention_bytes(self) -> float:
+        """A token's output of softmax attention and its log-sum-exp, kept by themselves."""
+        m = self.model
+        kept = m.num_heads * (m.softmax_head_dim * self.element + 4) / self.sizes.tensor
+        return kept if self.config.memory.keep_attention else 0
+
+    # -- memory -----------------------------------------------------------------------------------
+
+    def kept(self) -> tuple[Parts, float]:
+        """Bytes that one micro-batch keeps on the GPU, by kind; and in the host's memory."""
+        found: Parts = defaultdict(float)
+        away, twice = 0.0, 0.0  # in the host's memory; the most of one layer of it
+        tokens, memory = self.tokens, self.config.memory
+        per_stage = len(self.mixers) // max(1, len(self.config.parallel.stages or [0]))
+        for index, mixer in enumerate(self.mixers):
+            name = "softmax" if mixer == "softmax" else "linear"
+            kind = f"{name} mixers"
+            again, mlp_again = name in self.recomputed, "mlp" in self.recomputed
+            inputs: Parts = defaultdict(float)
+            if again:
+                inputs[kind] += tokens * self.hidden
+                if name == "softmax":
+                    inputs[kind] += tokens * self._attention_bytes()
+            else:
+                found[kind] += tokens * self.mixer_bytes(mixer)
+                if name == "linear" and self.sizes.context > 1 and self.sizes.tensor == 1:
+                    # projections are made in two products, each with its part of the weight
+                    weight = in_width(self.model, mixer) * self.model.hidden_size
+                    found[kind] += weight * self.element
+            if name == "linear":
+                found[kind] += self.state_bytes
+            if mlp_again and not again:
+                inputs[self.mlp] += tokens * self.hidden
+            elif not mlp_again:
+                found[self.mlp] += tokens * self.mlp_bytes
+            if index % max(1, per_stage) < memory.offload_layers:
+                away += sum(inputs.values())
+                twice = max(twice, sum(inputs.values()))
+            else:
+                for part, size in inputs.items():
+                    found[part] += size
+        if away:
+            found["on its way to the host"] = min(away, 2 * twice)
+        if "softmax" in self.mixers:
+            found["softmax mixers"] += tokens * 4 * self.model.softmax_head_dim  # cosines, sines
+        if self.last:
+            found["loss"] += tokens * (2 * self.hidden + 28)
+        if self.rank == 0:
+            found["tokens"] += tokens * 8
+        return found, away
+
+    def working(self) -> dict[str, float]:
+        """Bytes that come and go: the most that one layer needs in its backward pass, and the loss.
+
+        Gradients of activations are taken to be as large as the activations.
+        """
+        memory, m = self.config.memory, self.model
+        most = 0.0
+        tile = min(self.tokens, memory.mlp_tokens or self.tokens)
+        for mixer in set(self.mixers):
+            name = "softmax" if mixer == "softmax" else "linear"
+            again = self.tokens * self.mixer_bytes(mixer) if name in self.recomputed else 0.0
+            back = self.tokens * self.mixer_bytes(mixer)
+            mlp = self.tokens * self.mlp_bytes
+            if "mlp" in self.recomputed:
+                mlp = 2 * tile * self.mlp_bytes
+            most = max(most, again + max(back, mlp))
+        found = {"a layer's backward pass": most + 3 * self.tokens * self.hidden}
+        if self.last:
+            rows = m.vocab_size / self.sizes.tensor
+            chunk = min(memory.loss_tokens or self.tokens, self.tokens)
+            found["loss"] = chunk * rows * (2 * self.element + 4) + self.tokens * self.hidden
+            found["loss"] += rows * m.hidden_size * (4 + self.element)
+        return found
+
+    def exchange_bytes(self) -> float:
+        """Of keys and values of other ranks, and of gradients of all, in softmax layers."""
+        m, memory_of_a_head = self.model, 2 * self.model.softmax_head_dim
+        if "softmax" not in self.mixers:
+            return 0.0
+        heads = max(1, m.kv_heads // self.sizes.tensor)
+        if self.sizes.context == 1:
+            return self.tokens * heads * memory_of_a_head * 4
+        ring = 3 * self.tokens * heads * memory_of_a_head * (self.element + 4)
+        at_once = max(1, heads // 4)
+        tokens = self.config.data.sequence_length
+        gathered = tokens * at_once * memory_of_a_head * (2 * self.element + 4)
+        return ring if self.config.parallel.softmax == "ring" else min(ring, gathered)
+
+    def memory(self) -> dict[str, float]:
+        """Bytes on the GPU by part, at their highest."""
+        own = parameters(self.config, self.sizes, self.rank)
+        half = self.config.train.precision == "bf16"
+        dense_ranks = expert_ranks = 1.0
+        if self.config.optimizer.distributed:
+            stage = self.sizes.data * self.sizes.context * self.sizes.tensor
+            dense_ranks = self.sizes.data * self.sizes.context
+            expert_ranks = stage / (self.sizes.expert * self.sizes.expert_tensor)
+        held = (own.total - own.experts) / dense_ranks + own.experts / expert_ranks
+        found = {
+            "weights": own.total * self.element,
+            "gradients": own.total * 4,
+            "optimizer": held * (12 if half else 8),
+        }
+        kept, _ = self.kept()
+        in_flight = min(self.microbatches, self.sizes.pipeline - self.rank)
+        found |= {f"activations: {kind}": size * in_flight for kind, size in kept.items()}
+        working = self.working()
+        found["workspace"] = max(working.values())
+        found["exchange"] = self.exchange_bytes()
+        found["reserved"] = RESERVED + FRAGMENTS * sum(found.values())
+        return found
+
+    def host_bytes(self) -> float:
+        """Of the host's memory, for what is offloaded."""
+        return self.kept()[1] * min(self.microbatches, self.sizes.pipeline - self.rank)
+
+    # -- FLOPs of the forward pass of a micro-batch, on this rank ---------------------------------
+
+    def mixer_flops(self, mixer: str) -> float:
+        """Of the projections of one mixer."""
+        m = self.model
+        weights = m.hidden_size * in_width(m, mixer)
+        out = m.softmax_head_dim if mixer == "softmax" else m.value_head_dim
+        weights += m.hidden_size * m.num_heads * out
+        if mixer == "gla":
+            weights += m.gate_rank * (m.hidden_size + m.num_heads * m.head_dim)
+        return 2 * weights * self.tokens / self.sizes.tensor
+
+    @property
+    def mlp_flops(self) -> float:
+        """Of one MLP, or of the experts that tokens go to."""
+        m = self.model
+        weights = 3 * m.hidden_size * m.ffn_hidden_size
+        if m.num_experts:
+            weights = m.moe_top_k * 3 * m.hidden_size * m.moe_ffn_hidden_size
+            weights += m.hidden_size * m.num_experts
+        return 2 * weights * self.tokens / self.sizes.tensor
+
+    @property
+    def attention_flops(self) -> float:
+        """Of the causal half of one softmax layer."""
+        pairs = self.config.data.sequence_length / 2 * self.tokens
+        return 4 * self.model.num_heads * self.model.softmax_head_dim * pairs / self.sizes.tensor
+
+    @property
+    def loss_flops(self) -> float:
+        return 2 * self.model.hidden_size * self.model.vocab_size * self.tokens / self.sizes.tensor
+
+    def state_flops(self, mixer: str) -> float:
+        """Of one linear recurrence: a state is read and written; the delta rule reads it twice."""
+        m = self.model
+        passes = 6 if mixer == "gated_deltanet" else 4
+        state = m.num_heads * m.head_dim * m.value_head_dim
+        return passes * state * self.tokens / self.sizes.tensor

@@ -1,0 +1,218 @@
+"""Layers that keep their input alone and make everything else again in the backward pass.
+
+Megatron's recomputation runs a layer again whole. Here a layer is a chain of two parts, its mixer
+and its MLP; the second run makes the first part, and then of the last one a tile of tokens at a
+time, each with its gradient. So the activations of an MLP never exist for all tokens, and nothing
+is made three times. What the first run exchanged and is small (memory states, halos), or is costly
+(the output of softmax attention), is kept: see `seqpar/kept.py`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from seqpar.comm import Communicator
+from seqpar.kept import Kept, Row
+from seqpar.models.config import MemoryConfig
+from seqpar.models.offload import Offloaded, Offloader
+
+
+class SavingLayer(TransformerLayer):
+    """Megatron's layer, which recomputes and offloads as `memory` says.
+
+    Args:
+        memory: what is made again.
+        mixers: of all layers of the model, see seqpar.models.config.layer_mixers.
+        offloader: shared by all layers.
+
+    Raises:
+        ValueError: with dropout, or beside Megatron's own recomputation.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *arguments: Any,
+        layer_number: int = 1,
+        memory: MemoryConfig,
+        mixers: Sequence[str],
+        offloader: Offloader,
+        **others: Any,
+    ) -> None:
+        super().__init__(config, *arguments, layer_number=layer_number, **others)
+        kind = "softmax" if mixers[self.layer_number - 1] == "softmax" else "linear"
+        self.recomputed = [kind in memory.recompute, "mlp" in memory.recompute]
+        if any(self.recomputed) and config.hidden_dropout:
+            raise ValueError(
+                f"memory.recompute={list(memory.recompute)} is not possible with hidden_dropout="
+                f"{config.hidden_dropout}: a second run would drop others; set one of them to 0"
+            )
+        if any(self.recomputed) and config.recompute_granularity:
+            raise ValueError(
+                f"memory.recompute={list(memory.recompute)} and Megatron's recompute_granularity="
+                f"{config.recompute_granularity!r} both make layers again; set one of them only"
+            )
+        self.mlp_tokens, self.keep_attention = memory.mlp_tokens, memory.keep_attention
+        # Megatron counts within the stage here, and over all stages in self.layer_number
+        self.offloader = offloader if layer_number <= memory.offload_layers else None
+
+    def forward(self, hidden_states: Tensor, **inputs: Any) -> tuple[Tensor, None]:
+        """Megatron's call: hidden_states [s, b, h] -> ([s, b, h], no context)."""
+        if not any(self.recomputed):
+            return super().forward(hidden_states, **inputs)
+        last = [*self.pre_mlp_layernorm.parameters(), *self.mlp.parameters()]
+        others = {id(p) for p in last}
+        first = [p for p in self.parameters() if id(p) not in others]
+        tiles = 1
+        if self.recomputed[1] and self.mlp_tokens:
+            tiles = self._tiles(hidden_states.shape[:2].numel(), inputs.get("packed_seq_params"))
+
+        def mix(x: Tensor) -> Tensor:
+            return self._forward_attention(x, **inputs)[0]
+
+        x, parts = hidden_states, [Part(mix, first), Part(self._forward_mlp, last, tiles)]
+        together = [parts] if all(self.recomputed) else [[part] for part in parts]
+        for chain, recomputed in zip(together, self.recomputed, strict=False):
+            if recomputed and torch.is_grad_enabled():
+                x = self._recompute(chain, x)
+            else:
+                for part in chain:
+                    x = part(x)
+        return x, None
+
+    def _recompute(self, chain: "list[Part]", x: Tensor) -> Tensor:
+        stored = self.offloader.begin(self.layer_number) if self.offloader else Here()
+        return recompute(chain, x, stored, keep_large=self.keep_attention)
+
+    def _tiles(self, tokens: int, given: Any) -> int:
+        """How many tiles `tokens` are; as many on all ranks that exchange tokens of experts."""
+        own = max(1, -(-tokens // self.mlp_tokens))
+        if not self.is_moe_layer or self.pg_collection.tp_ep.size() == 1:
+            return own
+        agreed = {} if given is None else vars(given).setdefault("_tiles", {})  # of one pass
+        if tokens not in agreed:
+            comm = Communicator(self.pg_collection.tp_ep)
+            sizes = torch.tensor([own, -tokens], device=torch.cuda.current_device())
+            most, least = comm.all_reduce(sizes, "max", "tiles").tolist()
+            agreed[tokens] = max(1, min(most, -least))  # Megatron's router needs a token
+        return agreed[tokens]
+
+
+@dataclass
+class Part:
+    """A function of [s, b, h], with its parameters, of which each token's output depends only on
+    the same token if there are several tiles."""
+
+    run: Callable[[Tensor], Tensor]
+    parameters: list[Any]
+    tiles: int = 1
+
+    def __post_init__(self) -> None:
+        self.parameters = [p for p in self.parameters if p.requires_grad]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.tiles == 1:
+            return self.run(x)
+        y = torch.empty_like(x)
+        for tile, out in zip(x.tensor_split(self.tiles), y.tensor_split(self.tiles), strict=True):
+            out.copy_(self.run(tile))
+        return y
+
+    def gradients(self, x: Tensor, dy: Tensor) -> list[Tensor | None]:
+        """Run again on x; the gradients of x and of the parameters."""
+        if self.tiles == 1:
+            return self.through(x, self.run(x), dy)
+        dx = torch.empty_like(x)
+        sums: list[Tensor | None] = [None] * len(self.parameters)
+        tiles = (each.tensor_split(self.tiles) for each in (x.detach(), dy, dx))
+        for tile, d_out, d_tile in zip(*tiles, strict=True):
+            tile.requires_grad_()
+            found, *own = self.through(tile, self.run(tile), d_out)
+            assert found is not None
+            d_tile.copy_(found)
+            # summed in fp32, and handed on as one gradient: Megatron acts on the first that comes
+            sums = [_plus(total, each) for total, each in zip(sums, own, strict=True)]
+        typed = zip(sums, self.parameters, strict=True)
+        return [dx, *(None if total is None else total.to(p.dtype) for total, p in typed)]
+
+    def through(self, x: Tensor, y: Tensor, dy: Tensor) -> list[Tensor | None]:
+        """The gradients of x and of the parameters, of which y was made."""
+        return list(torch.autograd.grad(y, [x, *self.parameters], dy, allow_unused=True))
+
+
+class Here:
+    """What is kept stays where it is; otherwise as `Offloaded`."""
+
+    def __init__(self) -> None:
+        self._rows: list[Row] = []
+
+    def add(self, rows: Sequence[Row]) -> None:
+        self._rows += rows
+
+    def get(self) -> list[Row]:
+        rows, self._rows = self._rows, []
+        return rows
+
+
+def recompute(
+    chain: list[Part], x: Tensor, stored: Here | Offloaded, keep_large: bool = False
+) -> Tensor:
+    """The chain's output for x, which is kept in `stored` until the backward pass makes all again.
+
+    keep_large: whether what is costly is kept with it even if it grows with the tokens.
+    """
+    parameters = [p for part in chain for p in part.parameters]
+    return _Recompute.apply(chain, Kept(keep_large), stored, x, *parameters)
+
+
+class _Recompute(torch.autograd.Function):
+    """A chain of parts, of which only the input is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        chain: list[Part],
+        kept: Kept,
+        stored: Here | Offloaded,
+        x: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        stored.add([(x,)])
+        with kept.first():
+            for part in chain:
+                x = part(x)
+        stored.add(kept.rows)
+        kept.rows = []
+        ctx.plan = chain, kept, stored
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        chain, kept, stored = ctx.plan
+        ((x,), *kept.rows) = stored.get()
+        with kept.second(), torch.enable_grad():
+            inputs, outputs = [], []
+            for part in chain[:-1]:
+                inputs.append(x.detach().requires_grad_())
+                outputs.append(part(inputs[-1]))
+                x = outputs[-1]
+            dx, *gradients = chain[-1].gradients(x.detach().requires_grad_(), dy)
+            del x, dy
+            for part in reversed(chain[:-1]):
+                dx, *own = part.through(inputs.pop(), outputs.pop(), dx)
+                gradients = [*own, *gradients]
+        return None, None, None, dx, *gradients
+
+
+def _plus(total: Tensor | None, x: Tensor | None) -> Tensor | None:
+    if total is None or x is None:
+        return x if total is None else total
+    precise = torch.promote_types(x.dtype, torch.float32)
+    return total.to(precise).add_(x)

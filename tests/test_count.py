@@ -1,0 +1,175 @@
+"""What is counted from a configuration alone is what the real model holds and keeps."""
+
+import dataclasses
+import weakref
+from typing import Any
+
+import megatron_setup
+import pytest
+import torch
+from harness import run_ranks
+from megatron_setup import TOKENS, Rank, Setting, tiny
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from seqpar.launch.checks import Sizes
+from seqpar.launch.config import Config
+from seqpar.launch.count import ALONE, Count, parameters
+from seqpar.models.config import MemoryConfig, ModelConfig
+from seqpar.models.language_model import forward_step
+
+
+def held(rank: int, model: ModelConfig, setting: Setting) -> tuple[int, int]:
+    """(pipeline rank, parameters) of a rank of the real model."""
+    state = Rank(model, setting)
+    return state.groups.pp.rank(), sum(p.numel() for _, p in state.parameters())
+
+
+def config_of(model: ModelConfig, setting: Setting) -> Config:
+    config = Config()
+    config.model, config.memory = model, setting.memory
+    config.parallel.stages = list(setting.stages) if setting.stages else None
+    config.data.sequence_length = TOKENS
+    return config
+
+
+SPREAD: dict[str, tuple[int, dict[str, Any]]] = {
+    "alone": (1, {}),
+    "tp2": (2, {"tensor": 2, "config": {"sequence_parallel": True}}),
+    "tp4, ep2": (4, {"tensor": 4, "expert": 2, "config": {"sequence_parallel": True}}),
+    "pp2": (2, {"pipeline": 2, "stages": (1, 2)}),
+    "pp2 in turns, ep2, etp2": (
+        8,
+        {"pipeline": 2, "expert": 2, "expert_tensor": 2, "context": 4, "stages": (1, 0, 1, 1)},
+    ),
+}
+
+
+@pytest.mark.parametrize("spread", SPREAD)
+@pytest.mark.parametrize(
+    "fields", [{}, {"tie_embeddings": True, "num_experts": 0, "gate_rank": 3}], ids=["moe", "dense"]
+)
+def test_parameters_are_those_of_the_model(spread: str, fields: dict[str, Any]) -> None:
+    ranks, words = SPREAD[spread]
+    if "num_experts" in fields:
+        words = {name: size for name, size in words.items() if not name.startswith("expert")}
+    model, setting = tiny("GDN", **fields), Setting(**words)
+    sizes = Sizes(
+        setting.context, setting.tensor, setting.pipeline, setting.expert, 1, setting.expert_tensor
+    )
+    config = config_of(model, setting)
+    for stage, count in run_ranks(held, ranks, model, setting):
+        assert parameters(config, sizes, stage).total == count
+
+
+def kept_bytes(rank: int, model: ModelConfig, setting: Setting) -> int:
+    """Bytes that a forward pass keeps, parameters and what is given apart."""
+    state = Rank(model, setting)
+    apart = {p.untyped_storage().data_ptr() for p in state.network.parameters()}
+    found: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in apart:
+            found[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        output, _ = forward_step(state.batches(), state.network)  # kept alive: storages stay apart
+    assert output.requires_grad
+    return sum(found.values())
+
+
+SHAPE = {"hidden_size": 64, "head_dim": 0, "ffn_hidden_size": 160, "num_experts": 0}
+
+
+@pytest.mark.parametrize(("pattern", "experts"), [("G", 0), ("D", 0), ("N", 0), ("GDN", 8)])
+@pytest.mark.parametrize("cut", ["alone", "cp2", "tp2"])
+def test_activations_are_what_the_model_keeps(
+    pattern: str, experts: int, cut: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the Triton kernels, interpreted, and so in fp32; on GPUs the same tensors are kept."""
+    monkeypatch.setenv("SEQPAR_KERNELS", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    model = tiny(pattern, **{**SHAPE, "num_experts": experts, "moe_ffn_hidden_size": 48})
+    words: dict[str, Any] = {"cp2": {"context": 2}, "tp2": {"tensor": 2}}.get(cut, {})
+    if cut == "tp2":
+        words["config"] = {"sequence_parallel": True}
+    setting = Setting(documents=None, **words)
+    sizes = Sizes(setting.context, setting.tensor, 1, 1, 1)
+    counted = Count(config_of(model, setting), sizes)
+    wanted = sum(counted.kept()[0].values()) - pattern.count("G") * counted.state_bytes
+    wanted -= pattern.count("D") * counted.state_bytes
+    # on a CPU PyTorch keeps x twice for its RMS norm, and the log-sigmoid its exponential
+    wanted += (2 * len(pattern) + 1) * counted.tokens * counted.hidden
+    m = counted.model
+    wanted += pattern.count("G") * counted.tokens * 4 * m.num_heads * m.head_dim / sizes.tensor
+    found = run_ranks(kept_bytes, setting.context * setting.tensor, model, setting)
+    for bytes_kept in found:
+        assert bytes_kept == pytest.approx(wanted, rel=0.1)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made within it took at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, Tensor) and (key := x.untyped_storage()._cdata) not in self._known:
+                size = x.untyped_storage().nbytes()
+                self._known.add(key)
+                weakref.finalize(x.untyped_storage(), self._gone, key, size)
+                self.now += size
+                self.most = max(self.most, self.now)
+        return out
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def peak_bytes(rank: int, model: ModelConfig, setting: Setting) -> int:
+    state = Rank(model, setting)
+    batches = list(state.batches())
+    with Peak() as peak:
+        output, loss_of = forward_step(iter(batches), state.network)
+        loss_of(output)[0].backward()
+    return peak.most
+
+
+@pytest.mark.parametrize("again", [[], ["linear", "softmax", "mlp"]], ids=str)
+def test_the_peak_of_a_step_is_not_above_what_is_counted(
+    again: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEQPAR_KERNELS", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(megatron_setup, "TOKENS", 256)
+    model = tiny("GDN", **{**SHAPE, "head_dim": 0})
+    memory = MemoryConfig(recompute=again, mlp_tokens=64, keep_attention=False)
+    setting = Setting(documents=None, memory=memory)
+    config = config_of(model, setting)
+    config.data.sequence_length = 256
+    count = Count(config, ALONE)
+    counted = sum(count.kept()[0].values()) + max(count.working().values())
+    counted += 4 * parameters(config).total - 2 * count.state_bytes  # its shape is a GPU's
+    [most] = run_ranks(peak_bytes, 1, model, setting, timeout=300)
+    assert 0.75 * counted < most < 1.02 * counted
+
+
+def test_what_is_made_again_is_not_kept() -> None:
+    config = config_of(tiny("GDN"), Setting())
+    memory = MemoryConfig(recompute=["linear", "softmax", "mlp"], keep_attention=False)
+    less = Count(dataclasses.replace(config, memory=memory), ALONE)
+    kept, away = less.kept()
+    one = less.tokens * less.hidden
+    assert kept["linear mixers"] == 2 * (one + less.state_bytes)
+    assert (kept["experts"], away) == (0, 0)
+    memory.offload_layers = 3
+    moved = Count(dataclasses.replace(config, memory=memory), ALONE)
+    assert moved.host_bytes() == 3 * one
+    assert moved.kept()[0]["on its way to the host"] == 2 * one

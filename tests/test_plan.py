@@ -1,0 +1,151 @@
+"""`seqpar plan`: what fits, what does not and what would, and how fast, without a GPU."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from harness import run_ranks
+
+import seqpar
+from seqpar import Layout, SequenceParallel
+from seqpar.comm import Communicator
+from seqpar.launch import plan
+from seqpar.launch.checks import Sizes
+from seqpar.launch.cluster import CLUSTERS, load_cluster
+from seqpar.launch.config import CONFIGS, Config, load_config
+from seqpar.launch.count import ALONE, Count
+from seqpar.launch.duration import state_exchange
+from seqpar.launch.flops import step_flops
+from seqpar.models.config import ModelConfig
+
+HYBRID = str(CONFIGS / "hybrid-1.3b.yaml")
+MOE = str(CONFIGS / "a1b-7b.yaml")
+H200 = CLUSTERS["h200"]
+
+
+def run(*words: str) -> tuple[str, int]:
+    command = [sys.executable, "-m", "seqpar.launch.cli", "plan", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr, done.returncode
+
+
+def test_a_run_that_fits_and_that_it_is_told_soon() -> None:
+    begin = time.perf_counter()
+    text, code = run(HYBRID, "--gpus", "8")
+    assert time.perf_counter() - begin < 5
+    assert (text.splitlines()[-1], code) == ("it fits", 0)
+    for part in ("1,308,580,096 parameters", "weights", "optimizer", "states of gla", "tokens/s"):
+        assert part in text
+
+
+def test_a_run_that_does_not_fit_is_told_what_would() -> None:
+    text, code = run(HYBRID, "data.sequence_length=1M", "--gpus", "1")
+    assert code == 1
+    assert "IT DOES NOT FIT" in text
+    change = text.splitlines()[-1].partition("): ")[2].split()
+    assert "memory.recompute=[linear,softmax,mlp]" in change
+    text, code = run(HYBRID, "data.sequence_length=1M", *change, "--gpus", "1")
+    assert (text.splitlines()[-1], code) == ("it fits", 0)
+
+
+def test_more_gpus_where_memory_alone_does_not_help() -> None:
+    config = load_config(HYBRID, ["data.sequence_length=8M"])
+    found = plan.nearest(config, 2, H200)
+    assert found is not None
+    assert found[0].fits
+    assert "--gpus" in found[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--cluster", "h300"], "must be one of h200, h100, a100, or a YAML file"),
+        (["parallel.tensor=3", "--gpus", "8"], r"parallel.tensor=3 .* divide the number of ranks"),
+        (
+            ["parallel.expert=3", "data.sequence_length=9K", "--gpus", "9"],
+            r"parallel.expert=3 must divide model.num_experts",
+        ),
+        (["memory.recompute=[gla]"], r"memory.recompute=.* may hold linear, softmax, mlp"),
+    ],
+)
+def test_mistakes_are_told(words: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        plan.main([MOE, "parallel.context=null", *words])
+
+
+def test_a_cluster_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("gpu: L40S\nmemory: 44.5\nmatmul: 2e14\ngpus_per_node: 4\n")
+    mine = load_cluster(str(path))
+    assert (mine.gpu, mine.memory, mine.gpus_per_node) == ("L40S", 44.5, 4)
+    config = load_config(HYBRID)
+    slow = plan.make_plan(config, 8, mine).seconds["matrix products"]
+    assert slow == pytest.approx(3 * plan.make_plan(config, 8, H200).seconds["matrix products"])
+    path.write_text("memory: 0\n")
+    with pytest.raises(ValueError, match=r"memory=0\.0 must be above 0"):
+        load_cluster(str(path))
+    path.write_text("memroy: 80\n")
+    with pytest.raises(ValueError, match="memroy"):
+        load_cluster(str(path))
+
+
+@pytest.mark.parametrize(("path", "length", "gpus"), [(HYBRID, "2M", 8), (MOE, "1M", 32)])
+def test_search_gives_what_fits_best_first(path: str, length: str, gpus: int) -> None:
+    words = [f"data.sequence_length={length}"]
+    found = plan.search(load_config(path, words), gpus, H200)
+    speeds = [each.tokens_per_second for each, _ in found]
+    assert speeds == sorted(speeds, reverse=True)
+    assert len(found) > 3
+    for each, how in found[:3]:  # what it says can be asked for
+        again = plan.make_plan(load_config(path, [*words, *how.split()]), gpus, H200)
+        assert again.fits
+        assert again.tokens_per_second == pytest.approx(each.tokens_per_second)
+
+
+def test_savers_cost_time_and_save_memory() -> None:
+    config = load_config(HYBRID, ["data.sequence_length=512K"])
+    plans = [plan.make_plan(plan.changed(config, way), 8, H200) for way in plan.savers(24)]
+    memory = [sum(each.memory.values()) for each in plans]
+    seconds = [sum(each.seconds.values()) for each in plans]
+    assert memory[:5] == sorted(memory[:5], reverse=True)
+    assert seconds[:5] == sorted(seconds[:5])
+    assert memory[5] < memory[3]  # offloading
+    assert memory[6] < memory[5]
+
+
+def test_flops_by_part_add_up_to_those_of_the_model() -> None:
+    for fields in ({"num_experts": 8}, {"num_experts": 0, "gate_rank": 7, "kv_heads": 2}):
+        config = Config()
+        config.model = ModelConfig(pattern="GDN", **fields)  # type: ignore[arg-type]
+        config.data.sequence_length = 512
+        count = Count(config, ALONE)
+        total = count.loss_flops
+        for mixer in count.mixers:
+            total += count.mixer_flops(mixer) + count.mlp_flops
+            total += count.attention_flops if mixer == "softmax" else count.state_flops(mixer)
+        assert 3 * total == pytest.approx(step_flops(config.model, [[0, 512]]), rel=0.02)
+
+
+def sent(rank: int, exchange: str, layout: str) -> int:
+    comm = Communicator(torch.distributed.group.WORLD)
+    tokens = Layout(64, comm.size, layout)
+    sp = SequenceParallel(layout=tokens, exchange=exchange, comm=comm)
+    q, k, v = (torch.randn(1, tokens.local_tokens(rank), 4, 16) for _ in range(3))
+    decay = torch.nn.functional.logsigmoid(torch.randn(1, tokens.local_tokens(rank), 4, 16))
+    seqpar.linear_attention(q, k, v, decay, sp=sp)
+    return comm.total().bytes_sent
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("exchange", ["allgather", "ring", "allscan", "doubling", "twolevel"])
+def test_bytes_of_an_exchange_are_those_that_are_sent(exchange: str, layout: str) -> None:
+    config = Config()
+    config.model = ModelConfig(pattern="G", num_heads=4, head_dim=16, value_head_dim=16)
+    config.parallel.exchange, config.parallel.layout = exchange, layout  # type: ignore[assignment]
+    _, counted = state_exchange(config, Sizes(4, 1, 1, 1, 1), H200, "gla")
+    most = max(run_ranks(sent, 4, exchange, layout))
+    assert 0.8 * counted <= most <= counted
