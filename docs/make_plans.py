@@ -11,10 +11,11 @@ CLUSTER = "h200"
 LESS = "memory.recompute=[linear,softmax,mlp]"
 ONE = f"{LESS} parallel.context=1 optimizer.distributed=false"
 SPREAD = "parallel.context=null optimizer.distributed=true"
+TILES = "memory.mlp_tokens=16K"
 RECIPES = {
     "hybrid-1.3b": [
-        ("128K", 8, "train.global_batch=8 parallel.context=1 memory.recompute=[mlp]"),
-        ("1M", 1, f"{ONE} memory.offload_layers=24 memory.keep_attention=false"),
+        ("128K", 8, f"train.global_batch=8 parallel.context=1 {LESS}"),
+        ("1M", 1, f"{ONE} memory.offload_layers=24 memory.keep_attention=false {TILES}"),
         ("1M", 8, f"{SPREAD} {LESS}"),
         ("2M", 16, f"{SPREAD} {LESS}"),
         ("4M", 32, f"{SPREAD} {LESS}"),

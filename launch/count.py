@@ -2,16 +2,19 @@
 
 Parameters are exact. Activations are what the layers keep for the backward pass, tensor by tensor;
 what comes and goes within a layer is estimated. Documents are taken to be as long as the sequence,
-and tokens to be spread evenly over experts. Imports neither torch nor Megatron.
+and tokens to be spread evenly over experts. Imports no Megatron.
 """
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 
+from seqpar.cost import GATHERED_HEAD_BYTES
 from seqpar.launch.checks import Sizes
 from seqpar.launch.config import Config
 from seqpar.models.config import ModelConfig, layer_mixers, resolved
+from seqpar.sources import ROOM
 
 Parts = defaultdict[str, float]
 """Bytes, or seconds, by what they are for."""
@@ -115,10 +118,14 @@ class Count:
         return resolved(self.config.model)
 
     @cached_property
+    def stages(self) -> list[list[str]]:
+        """The mixers of this rank's pipeline stages."""
+        return stages_of(self.config, self.sizes)[self.rank :: self.sizes.pipeline]
+
+    @property
     def mixers(self) -> list[str]:
         """Of this rank's layers."""
-        stages = stages_of(self.config, self.sizes)
-        return [mixer for stage in stages[self.rank :: self.sizes.pipeline] for mixer in stage]
+        return [mixer for stage in self.stages for mixer in stage]
 
     @property
     def last(self) -> bool:
@@ -139,8 +146,22 @@ class Count:
         return max(1, self.config.train.global_batch // self.sizes.data)
 
     @property
-    def recomputed(self) -> frozenset[str]:
-        return frozenset(self.config.memory.recompute)
+    def tiles(self) -> int:
+        """Of the tokens that an MLP or its experts work on."""
+        tile = self.config.memory.mlp_tokens
+        if not tile or not self.mlp_again:
+            return 1
+        return max(1, math.ceil(self.tokens / self.sizes.tensor / tile))
+
+    @property
+    def mlp_again(self) -> bool:
+        """Whether MLPs, or experts, are made again."""
+        return "mlp" in self.config.memory.recompute
+
+    def again(self, mixer: str) -> bool:
+        """Whether a mixer is made again."""
+        kind = "softmax" if mixer == "softmax" else "linear"
+        return kind in self.config.memory.recompute
 
     @property
     def mlp(self) -> str:
@@ -161,9 +182,7 @@ class Count:
         projected = in_width(m, mixer) * e
         if mixer == "softmax":
             query, kv = heads * m.softmax_head_dim * e, m.kv_heads * m.softmax_head_dim * e
-            traded = (
-                query if self.sizes.context > 1 else 0
-            )  # queries, and outputs on their way back
+            traded = query if self.sizes.context > 1 else 0  # on their way to other ranks and back
             return common + (projected + 2 * query + kv + traded + 4 * heads) / tp
         outputs = 2 * heads * value * e + 4 * heads  # of the recurrence and of its norm
         if mixer == "gla":
@@ -205,29 +224,28 @@ class Count:
         found: Parts = defaultdict(float)
         away, twice = 0.0, 0.0  # in the host's memory; the most of one layer of it
         tokens, memory = self.tokens, self.config.memory
-        per_stage = len(self.mixers) // max(1, len(self.config.parallel.stages or [0]))
-        for index, mixer in enumerate(self.mixers):
-            name = "softmax" if mixer == "softmax" else "linear"
-            kind = f"{name} mixers"
-            again, mlp_again = name in self.recomputed, "mlp" in self.recomputed
+        places = (each for stage in self.stages for each in enumerate(stage))
+        for index, mixer in places:
+            linear, again = mixer != "softmax", self.again(mixer)
+            kind = "linear mixers" if linear else "softmax mixers"
             inputs: Parts = defaultdict(float)
             if again:
                 inputs[kind] += tokens * self.hidden
-                if name == "softmax":
+                if not linear:
                     inputs[kind] += tokens * self._attention_bytes()
             else:
                 found[kind] += tokens * self.mixer_bytes(mixer)
-                if name == "linear" and self.sizes.context > 1 and self.sizes.tensor == 1:
+                if linear and self.sizes.context > 1 and self.sizes.tensor == 1:
                     # projections are made in two products, each with its part of the weight
                     weight = in_width(self.model, mixer) * self.model.hidden_size
                     found[kind] += weight * self.element
-            if name == "linear":
+            if linear:
                 found[kind] += self.state_bytes
-            if mlp_again and not again:
-                inputs[self.mlp] += tokens * self.hidden
-            elif not mlp_again:
+            if not self.mlp_again:
                 found[self.mlp] += tokens * self.mlp_bytes
-            if index % max(1, per_stage) < memory.offload_layers:
+            elif not again:
+                inputs[self.mlp] += tokens * self.hidden
+            if index < memory.offload_layers:
                 away += sum(inputs.values())
                 twice = max(twice, sum(inputs.values()))
             else:
@@ -249,16 +267,11 @@ class Count:
         Gradients of activations are taken to be as large as the activations.
         """
         memory, m = self.config.memory, self.model
+        mlp = self.tokens / self.tiles * self.mlp_bytes * (2 if self.mlp_again else 1)
         most = 0.0
-        tile = min(self.tokens, memory.mlp_tokens or self.tokens)
         for mixer in set(self.mixers):
-            name = "softmax" if mixer == "softmax" else "linear"
-            again = self.tokens * self.mixer_bytes(mixer) if name in self.recomputed else 0.0
-            back = self.tokens * self.mixer_bytes(mixer)
-            mlp = self.tokens * self.mlp_bytes
-            if "mlp" in self.recomputed:
-                mlp = 2 * tile * self.mlp_bytes
-            most = max(most, again + max(back, mlp))
+            size = self.tokens * self.mixer_bytes(mixer)
+            most = max(most, max(size, mlp) + (size if self.again(mixer) else 0))
         found = {"a layer's backward pass": most + 3 * self.tokens * self.hidden}
         if self.last:
             rows = m.vocab_size / self.sizes.tensor
@@ -269,17 +282,19 @@ class Count:
 
     def exchange_bytes(self) -> float:
         """Of keys and values of other ranks, and of gradients of all, in softmax layers."""
-        m, memory_of_a_head = self.model, 2 * self.model.softmax_head_dim
         if "softmax" not in self.mixers:
             return 0.0
-        heads = max(1, m.kv_heads // self.sizes.tensor)
+        heads = max(1, self.model.kv_heads // self.sizes.tensor)
+        head = 2 * self.model.softmax_head_dim  # numbers of a key and its value
         if self.sizes.context == 1:
-            return self.tokens * heads * memory_of_a_head * 4
-        ring = 3 * self.tokens * heads * memory_of_a_head * (self.element + 4)
-        at_once = max(1, heads // 4)
-        tokens = self.config.data.sequence_length
-        gathered = tokens * at_once * memory_of_a_head * (2 * self.element + 4)
-        return ring if self.config.parallel.softmax == "ring" else min(ring, gathered)
+            return self.tokens * heads * head * 4
+        one = self.config.data.sequence_length * head * (self.element + 4)
+        method = self.config.parallel.softmax
+        if method == "ring" or (method == "auto" and one > GATHERED_HEAD_BYTES):
+            return 3 * self.tokens * heads * head * (self.element + 4)
+        # gathered, in order, and the next already under way; gradients, and by rank
+        at_once = max(1, min(heads // 2, int(ROOM // one)))
+        return self.config.data.sequence_length * at_once * head * (3 * self.element + 8)
 
     def memory(self) -> dict[str, float]:
         """Bytes on the GPU by part, at their highest."""

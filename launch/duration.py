@@ -20,6 +20,7 @@ _MEASURED = {
     "unit": (0.13e-3, 0.449e-3),
 }
 _MEASURED_BANDWIDTH = 4.27e12
+_EXPERT = (0.85e-3, 2.55e-3)  # seconds of the host to launch one expert: forward, both ways
 _MOVED = (1.5, 4.0)  # how often norms, gates and activations move what a layer keeps: forward, both
 _OPTIMIZER = 40  # bytes that AdamW moves a parameter
 
@@ -81,9 +82,10 @@ def _microbatch(count: Count, cluster: Cluster) -> Parts:
     sizes, m, config = count.sizes, count.model, count.config
     found: Parts = defaultdict(float)
     moved = flops = attention = 0.0
-    mlp_again = "mlp" in count.recomputed
+    halves_again, mlp_again = 0, count.mlp_again
     for mixer in count.mixers:
-        again = ("softmax" if mixer == "softmax" else "linear") in count.recomputed
+        again = count.again(mixer)
+        halves_again += again + mlp_again
         flops += count.mixer_flops(mixer) * (3 + again) + count.mlp_flops * (3 + mlp_again)
         moved += count.mixer_bytes(mixer) * (_MOVED[1] + _MOVED[0] * again)
         moved += count.mlp_bytes * (_MOVED[1] + _MOVED[0] * mlp_again)
@@ -99,6 +101,13 @@ def _microbatch(count: Count, cluster: Cluster) -> Parts:
         flops += 4 * count.loss_flops
     found["matrix products"] = flops / cluster.matmul
     found["softmax attention"] = attention
+    launching = experts = 0.0
+    if m.num_experts:
+        experts = len(count.mixers) * count.mlp_flops * (3 + mlp_again)
+        own = m.num_experts / sizes.expert
+        forward, both = _EXPERT
+        launching = len(count.mixers) * own * count.tiles * (both + mlp_again * forward)
+    found["launching experts one by one"] = max(0.0, launching - experts / cluster.matmul)
     found["norms, gates, activations"] = moved * count.tokens / cluster.memory_bandwidth
     compute = _total(found)
     softmax = count.mixers.count("softmax")
@@ -110,7 +119,7 @@ def _microbatch(count: Count, cluster: Cluster) -> Parts:
         found["keys and values across ranks"] = max(seconds - attention, 0.0)
     if sizes.tensor > 1:
         hidden = count.tokens * m.hidden_size * count.element * (sizes.tensor - 1) / sizes.tensor
-        times = len(count.mixers) * (10 + 2 * len(count.recomputed) / 1.5) + 3 * count.last
+        times = 10 * len(count.mixers) + 2 * halves_again + 3 * count.last
         found["tensor parallelism"] = times * hidden / _rate(cluster, sizes.tensor, 1)
     if m.num_experts and sizes.expert > 1:
         tokens = count.tokens / sizes.tensor * m.moe_top_k * (sizes.expert - 1) / sizes.expert

@@ -43,6 +43,7 @@ def savers(layers: int) -> list[Change]:
         everything | slow,
         away,
         away | slow,
+        away | slow | {"memory.mlp_tokens": 16384},
     ]
 
 

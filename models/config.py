@@ -68,7 +68,7 @@ class MemoryConfig:
         loss_tokens: tokens of a sequence whose logits exist at a time; 0: all.
         recompute: which of RECOMPUTED are made again.
         mlp_tokens: tokens of a rank that an MLP, or its experts, that is made again works on at a
-            time; 0: all.
+            time; 0: all. Few make experts, which run one after the other, wait for the host.
         keep_attention: whether the output of softmax attention is kept where the rest of its mixer
             is made again; attention takes longer than all else in long sequences.
         offload_layers: how many layers, the first of each pipeline stage, keep what is made again
@@ -77,7 +77,7 @@ class MemoryConfig:
 
     loss_tokens: int = 2048
     recompute: list[str] = dataclasses.field(default_factory=list)
-    mlp_tokens: int = 16384
+    mlp_tokens: int = 65536
     keep_attention: bool = True
     offload_layers: int = 0
 

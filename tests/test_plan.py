@@ -22,6 +22,7 @@ from seqpar.launch.flops import step_flops
 from seqpar.models.config import ModelConfig
 
 HYBRID = str(CONFIGS / "hybrid-1.3b.yaml")
+A03B = str(CONFIGS / "a0.3b-2b.yaml")
 MOE = str(CONFIGS / "a1b-7b.yaml")
 H200 = CLUSTERS["h200"]
 
@@ -114,7 +115,25 @@ def test_savers_cost_time_and_save_memory() -> None:
     assert memory[:5] == sorted(memory[:5], reverse=True)
     assert seconds[:5] == sorted(seconds[:5])
     assert memory[5] < memory[3]  # offloading
-    assert memory[6] < memory[5]
+    assert memory[7] < memory[6] < memory[5]
+
+
+@pytest.mark.parametrize(
+    ("path", "gpus", "length", "words", "seconds"),
+    [
+        (HYBRID, 1, "32K", ["memory.recompute=[linear,softmax,mlp]"], 0.971),
+        (HYBRID, 2, "64K", ["memory.recompute=[linear,softmax,mlp]"], 1.279),
+        (A03B, 2, "32K", ["memory.recompute=[mlp]", "parallel.expert=2"], 32768 / 21400),
+    ],
+)
+def test_steps_take_what_was_measured(
+    path: str, gpus: int, length: str, words: list[str], seconds: float
+) -> None:
+    """On H100s, see docs/performance.md; there attention was made again, too."""
+    spread = [f"parallel.context={gpus}", "memory.keep_attention=false", "train.global_batch=1"]
+    config = load_config(path, [f"data.sequence_length={length}", *spread, *words])
+    planned = plan.make_plan(config, gpus, CLUSTERS["h100"])
+    assert sum(planned.seconds.values()) == pytest.approx(seconds, rel=0.1)
 
 
 def test_flops_by_part_add_up_to_those_of_the_model() -> None:
