@@ -72,6 +72,8 @@ def load_cluster(name: str) -> Cluster:
         found = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ValueError(f"{name}: {error.full_key}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # what the YAML parser raises passes through OmegaConf as it is
+        raise ValueError(f"{name}: not valid YAML ({' '.join(str(error).split())})") from None
     assert isinstance(found, Cluster)
     for key, value in vars(found).items():
         if not isinstance(value, str) and not value > 0:

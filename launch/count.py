@@ -146,6 +146,15 @@ class Count:
         return max(1, self.config.train.global_batch // self.sizes.data)
 
     @property
+    def in_flight(self) -> float:
+        """Micro-batches whose activations are kept at once, by Megatron's schedules."""
+        after, turns = self.sizes.pipeline - self.rank - 1, len(self.stages)
+        if turns > 1:  # stages that take turns begin twice as early, and again for each turn
+            chunks = 2 * after + (turns - 1) * self.sizes.pipeline + 1
+            return min(self.microbatches, chunks / turns)
+        return min(self.microbatches, after + 1)
+
+    @property
     def tiles(self) -> int:
         """Of the tokens that an MLP or its experts work on."""
         tile = self.config.memory.mlp_tokens
@@ -312,8 +321,7 @@ class Count:
             "optimizer": held * (12 if half else 8),
         }
         kept, _ = self.kept()
-        in_flight = min(self.microbatches, self.sizes.pipeline - self.rank)
-        found |= {f"activations: {kind}": size * in_flight for kind, size in kept.items()}
+        found |= {f"activations: {kind}": size * self.in_flight for kind, size in kept.items()}
         working = self.working()
         found["workspace"] = max(working.values())
         found["exchange"] = self.exchange_bytes()
@@ -322,7 +330,7 @@ class Count:
 
     def host_bytes(self) -> float:
         """Of the host's memory, for what is offloaded."""
-        return self.kept()[1] * min(self.microbatches, self.sizes.pipeline - self.rank)
+        return self.kept()[1] * self.in_flight
 
     # -- FLOPs of the forward pass of a micro-batch, on this rank ---------------------------------
 

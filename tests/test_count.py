@@ -108,6 +108,23 @@ def test_activations_are_what_the_model_keeps(
         assert bytes_kept == pytest.approx(wanted, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("stages", "microbatches", "kept"),
+    [
+        ((1, 1), 8, [2, 1]),
+        ((1, 1), 1, [1, 1]),
+        ((1, 1, 1, 1), 8, [2.5, 1.5]),  # stages that take turns
+    ],
+)
+def test_microbatches_in_flight(
+    stages: tuple[int, ...], microbatches: int, kept: list[float]
+) -> None:
+    config = config_of(tiny("GDGN"[: len(stages)]), Setting(pipeline=2, stages=stages))
+    config.train.global_batch = microbatches
+    sizes = Sizes(1, 1, 2, 1, 1)
+    assert [Count(config, sizes, rank).in_flight for rank in range(2)] == kept
+
+
 class Peak(TorchDispatchMode):
     """The most bytes that tensors made within it took at once."""
 

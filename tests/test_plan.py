@@ -89,9 +89,10 @@ def test_a_cluster_of_ones_own(tmp_path: Path) -> None:
     path.write_text("memory: 0\n")
     with pytest.raises(ValueError, match=r"memory=0\.0 must be above 0"):
         load_cluster(str(path))
-    path.write_text("memroy: 80\n")
-    with pytest.raises(ValueError, match="memroy"):
-        load_cluster(str(path))
+    for text, message in (("memroy: 80\n", "memroy"), ("gpu: [\n", "not valid YAML")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_cluster(str(path))
 
 
 @pytest.mark.parametrize(("path", "length", "gpus"), [(HYBRID, "2M", 8), (MOE, "1M", 32)])
