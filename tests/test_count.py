@@ -4,11 +4,10 @@ import dataclasses
 import weakref
 from typing import Any
 
-import megatron_setup
 import pytest
 import torch
 from harness import run_ranks
-from megatron_setup import TOKENS, Rank, Setting, tiny
+from megatron_setup import Rank, Setting, tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,7 +28,7 @@ def config_of(model: ModelConfig, setting: Setting) -> Config:
     config = Config()
     config.model, config.memory = model, setting.memory
     config.parallel.stages = list(setting.stages) if setting.stages else None
-    config.data.sequence_length = TOKENS
+    config.data.sequence_length = setting.tokens
     return config
 
 
@@ -148,12 +147,10 @@ def test_the_peak_of_a_step_is_not_above_what_is_counted(
 ) -> None:
     monkeypatch.setenv("SEQPAR_KERNELS", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(megatron_setup, "TOKENS", 256)
     model = tiny("GDN", **{**SHAPE, "head_dim": 0})
     memory = MemoryConfig(recompute=again, mlp_tokens=64, keep_attention=False)
-    setting = Setting(documents=None, memory=memory)
+    setting = Setting(documents=None, memory=memory, tokens=256)
     config = config_of(model, setting)
-    config.data.sequence_length = 256
     count = Count(config, ALONE)
     counted = sum(count.kept()[0].values()) + max(count.working().values())
     counted += 4 * parameters(config).total - 2 * count.state_bytes  # its shape is a GPU's
