@@ -6,7 +6,7 @@ from math import lcm
 
 from seqpar.exchange import EXCHANGES
 from seqpar.launch.config import Config, check_choice
-from seqpar.models.config import RECOMPUTED, check_memory, check_sizes
+from seqpar.models.config import check_memory, check_sizes
 from seqpar.softmax import METHODS
 
 _LEAST = {
@@ -72,8 +72,6 @@ def _check_names(config: Config) -> None:
         ("parallel.softmax", config.parallel.softmax, ["auto", *METHODS]),
     ):
         check_choice(key, value, legal)
-    for name in config.memory.recompute:
-        check_choice("memory.recompute", name, RECOMPUTED)
     resume = config.checkpoint.resume
     if resume is not None and resume not in ("latest", "auto") and not resume.isdecimal():
         raise ValueError(

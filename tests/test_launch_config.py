@@ -160,7 +160,7 @@ def test_files_that_do_not_do(tmp_path: Path, text: bytes, parts: list[str]) -> 
             ],
             "must be a multiple of 2 data-parallel times 2 pipeline ranks",
         ),
-        (1, ["memory.recompute=[linear,mlpp]"], "did you mean mlp?"),
+        (1, ["memory.recompute=[linear,mlpp]"], "may hold linear, softmax, mlp"),
         (1, ["parallel.exchange=rign"], "did you mean ring?"),
         (1, ["parallel.softmax=rign"], "did you mean ring?"),
         (1, ["checkpoint.resume=last"], 'must be "latest", "auto" or the step'),
