@@ -195,7 +195,7 @@ class Count:
             return common + (projected + 2 * query + kv + traded + 4 * heads) / tp
         outputs = 2 * heads * value * e + 4 * heads  # of the recurrence and of its norm
         if mixer == "gla":
-            gates = 2 * 4 * heads * key  # fp32, before and after the log-sigmoid
+            gates = 4 * heads * key  # fp32
             return common + (projected + outputs + gates + m.gate_rank * e) / tp
         convolved = heads * (2 * key + value) * e + 2 * heads * (key * e + 4)
         gates = 5 * 4 * heads
