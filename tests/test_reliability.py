@@ -32,7 +32,7 @@ def _kill_after(seconds: float, victim: int, number: int) -> Callable[[int], Non
 
 
 @pytest.mark.parametrize(
-    ("kills", "steps"), [(3, 30), pytest.param(20, 200, marks=pytest.mark.complete)]
+    ("kills", "steps"), [(2, 20), pytest.param(20, 200, marks=pytest.mark.complete)]
 )
 def test_a_run_that_is_killed_at_random_is_the_same_run(
     kills: int, steps: int, config: str, tmp_path: Path
@@ -84,7 +84,17 @@ def _no_room_for(name: str) -> Callable[[int], None]:
 
 
 @pytest.mark.parametrize(
-    ("what", "asynchronous"), [*((what, True) for what in FULL), ("a rank's part", False)]
+    ("what", "asynchronous"),
+    [
+        ("a rank's part", True),
+        ("the manifest", True),
+        *(
+            pytest.param(what, asynchronous, marks=pytest.mark.complete)
+            for what in FULL
+            for asynchronous in (True, False)
+            if (what, asynchronous) not in (("a rank's part", True), ("the manifest", True))
+        ),
+    ],
 )
 def test_a_full_disk_is_told_by_all_ranks(
     what: str, asynchronous: bool, config: str, tmp_path: Path
