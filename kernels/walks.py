@@ -54,7 +54,8 @@ class WalkFamily:
         *,
         backwards: bool,
     ) -> Tensor:
-        if is_hopper(B.device) and {A.shape[-1], B.shape[-1]} <= {*HOPPER_WIDTHS}:
+        # where nothing is handed on there is no A to bring
+        if A.shape[1] and is_hopper(B.device) and {A.shape[-1], B.shape[-1]} <= {*HOPPER_WIDTHS}:
             from seqpar.kernels.hopper_delta import scan_states  # Gluon only where it is used
 
             return scan_states(A, B, pieces, arriving, states, backwards=backwards)

@@ -13,6 +13,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from seqpar.kernels.hopper import CHUNK
 from seqpar.kernels.hopper_delta import REGISTERS
 from seqpar.kernels.hopper_keys_kernels import keys_hopper_kernel
+from seqpar.kernels.hopper_scan_kernels import scan_hopper_kernel
 from seqpar.kernels.hopper_solve_kernels import solve_hopper_kernel
 from seqpar.kernels.hopper_walk_back_kernels import walk_back_hopper_kernel
 from seqpar.kernels.hopper_walk_kernels import walk_hopper_kernel
@@ -23,17 +24,24 @@ BF16 = {"u_pointer", "r_pointer", "dx_pointer", "out_pointer", "solved", "w"}
 
 
 def compile_for(
-    kernel: Any, tiles: dict[str, int], warps: int, fp32: set[str], **constants: object
+    kernel: Any,
+    tiles: dict[str, int],
+    warps: int,
+    fp32: set[str],
+    rows: int = CHUNK,
+    **constants: object,
 ) -> None:
-    """tiles: the widths of the tensors that come by descriptor. fp32: what else is."""
-    constants |= {"HEADS": 4, "GROUP": 2}
+    """tiles: the widths of the tensors that come by descriptor, in `rows`. fp32: what else is."""
+    constants |= {"HEADS": 4}
+    if "GROUP" in kernel.arg_names:
+        constants["GROUP"] = 2
     options = {name: constants.pop(name) for name in ("maxnreg",) if name in constants}
     signature = {}
     for name in kernel.arg_names:
         if name in tiles:
             dtype = gl.float32 if name in fp32 else gl.bfloat16
-            layout = gl.NVMMASharedLayout.get_default_for([CHUNK, tiles[name]], dtype)
-            signature[name] = f"tensordesc<{dtype}{[CHUNK, tiles[name]]},{layout!r}>"
+            layout = gl.NVMMASharedLayout.get_default_for([rows, tiles[name]], dtype)
+            signature[name] = f"tensordesc<{dtype}{[rows, tiles[name]]},{layout!r}>"
         elif name in constants:
             signature[name] = "constexpr"
         elif name in FP32 | fp32:
@@ -71,6 +79,12 @@ def main() -> None:
         compile_for(walk_back_hopper_kernel, back, 8, set(), SUMMARY=False, **more)
         wide = {"out", "out_pointer", "d_plus"} if decay == "frames" else set()
         compile_for(keys_hopper_kernel, keys, 8, wide, SPAN=512, **more)
+    for transposed in (False, True):
+        scan: dict[str, Any] = {"DK": 128, "DV": 128, "STEP": 1, "STORE": True, "num_warps": 8}
+        ends = {"A", "arriving", "states"}
+        compile_for(
+            scan_hopper_kernel, {"A": 128}, 8, ends, rows=128, TRANSPOSED=transposed, **scan
+        )
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from harness import assert_close
 from torch import Tensor
 
 import seqpar
-from seqpar.kernels import delta_triton, reference
+from seqpar.kernels import delta_triton, reference, walks
 from seqpar.kernels.choose import choose_delta
+from seqpar.kernels.pieces import Pieces
 from seqpar.kernels.tuned import Config, run_config
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
@@ -128,6 +129,18 @@ def test_slices_of_a_packed_projection_need_no_copies() -> None:
     assert_close("o", found, o, 1e-5)
     (gradient,) = torch.autograd.grad(found, x, do.float())
     assert_close("gradient", gradient, expected[0], 1e-5)
+
+
+def test_on_hopper_a_rank_that_hands_nothing_on_takes_what_arrives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(walks, "is_hopper", lambda device: True)
+    none, arriving = torch.zeros(1, 0, 2, 64, 64), torch.randn(1, 1, 2, 64, 64)
+    states, pieces = torch.zeros_like(arriving), Pieces([(0, 5)], [True], [False], [(0, 1)])
+    family = delta_triton.TritonDelta(False)
+    leaving = family.scan(none, none, pieces, arriving, states, backwards=False)
+    assert torch.equal(states, arriving)
+    assert not leaving.any()
 
 
 def test_what_triton_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
