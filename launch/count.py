@@ -13,6 +13,7 @@ from functools import cached_property
 from seqpar.cost import GATHERED_HEAD_BYTES
 from seqpar.launch.checks import Sizes
 from seqpar.launch.config import Config
+from seqpar.launch.flops import in_width, mixer_weights, mlp_weights
 from seqpar.models.config import ModelConfig, layer_mixers, resolved
 from seqpar.sources import ROOM
 
@@ -62,14 +63,6 @@ def layer_parameters(m: ModelConfig, mixer: str, sizes: Sizes = ALONE) -> Parame
     ranks = sizes.expert * sizes.expert_tensor
     experts = 3 * hidden * m.moe_ffn_hidden_size * m.num_experts / ranks
     return Parameters(cut / tp + whole + hidden * m.num_experts + experts, experts)
-
-
-def in_width(m: ModelConfig, mixer: str) -> int:
-    """Numbers that a mixer's first projection gives a token."""
-    if mixer == "softmax":
-        return (m.num_heads + 2 * m.kv_heads) * m.softmax_head_dim
-    gates = 2 if mixer == "gated_deltanet" else 0
-    return m.num_heads * (2 * m.head_dim + 2 * m.value_head_dim + gates)
 
 
 def parameters(config: Config, sizes: Sizes = ALONE, rank: int = 0) -> Parameters:
@@ -336,23 +329,12 @@ class Count:
 
     def mixer_flops(self, mixer: str) -> float:
         """Of the projections of one mixer."""
-        m = self.model
-        weights = m.hidden_size * in_width(m, mixer)
-        out = m.softmax_head_dim if mixer == "softmax" else m.value_head_dim
-        weights += m.hidden_size * m.num_heads * out
-        if mixer == "gla":
-            weights += m.gate_rank * (m.hidden_size + m.num_heads * m.head_dim)
-        return 2 * weights * self.tokens / self.sizes.tensor
+        return 2 * mixer_weights(self.model, mixer) * self.tokens / self.sizes.tensor
 
     @property
     def mlp_flops(self) -> float:
         """Of one MLP, or of the experts that tokens go to."""
-        m = self.model
-        weights = 3 * m.hidden_size * m.ffn_hidden_size
-        if m.num_experts:
-            weights = m.moe_top_k * 3 * m.hidden_size * m.moe_ffn_hidden_size
-            weights += m.hidden_size * m.num_experts
-        return 2 * weights * self.tokens / self.sizes.tensor
+        return 2 * mlp_weights(self.model) * self.tokens / self.sizes.tensor
 
     @property
     def attention_flops(self) -> float:
@@ -363,10 +345,3 @@ class Count:
     @property
     def loss_flops(self) -> float:
         return 2 * self.model.hidden_size * self.model.vocab_size * self.tokens / self.sizes.tensor
-
-    def state_flops(self, mixer: str) -> float:
-        """Of one linear recurrence: a state is read and written; the delta rule reads it twice."""
-        m = self.model
-        passes = 6 if mixer == "gated_deltanet" else 4
-        state = m.num_heads * m.head_dim * m.value_head_dim
-        return passes * state * self.tokens / self.sizes.tensor

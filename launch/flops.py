@@ -52,18 +52,37 @@ def step_flops(model: ModelConfig, documents: Iterable[list[int]]) -> float:
 
 def _forward(m: ModelConfig) -> tuple[float, float]:
     """(operations a token, operations a pair of query and key) of all layers, forward."""
-    hidden, heads, key, value = m.hidden_size, m.num_heads, m.head_dim, m.value_head_dim
-    query_heads = heads * m.softmax_head_dim
-    weights = {
-        "gla": hidden * heads * (2 * key + 3 * value) + m.gate_rank * (hidden + heads * key),
-        "gated_deltanet": hidden * heads * (2 * key + 3 * value + 2),
-        "softmax": 2 * hidden * (query_heads + m.kv_heads * m.softmax_head_dim),
-    }
-    # a state is read and written: 4 K V; the delta rule reads it once more
-    states = {"gla": 4 * heads * key * value, "gated_deltanet": 6 * heads * key * value}
-    mlp = 3 * hidden * m.ffn_hidden_size
-    if m.num_experts:
-        mlp = m.moe_top_k * 3 * hidden * m.moe_ffn_hidden_size + hidden * m.num_experts
     mixers = layer_mixers(m)
-    token = sum(2 * (weights[name] + mlp) + states.get(name, 0) for name in mixers)
-    return token + 2 * hidden * m.vocab_size, 4 * query_heads * mixers.count("softmax")
+    token = sum(2 * (mixer_weights(m, x) + mlp_weights(m)) + state_flops(m, x) for x in mixers)
+    query_width = m.num_heads * m.softmax_head_dim
+    return token + 2 * m.hidden_size * m.vocab_size, 4 * query_width * mixers.count("softmax")
+
+
+def in_width(m: ModelConfig, mixer: str) -> int:
+    """Numbers that a mixer's first projection gives a token."""
+    if mixer == "softmax":
+        return (m.num_heads + 2 * m.kv_heads) * m.softmax_head_dim
+    gates = 2 if mixer == "gated_deltanet" else 0
+    return m.num_heads * (2 * m.head_dim + 2 * m.value_head_dim + gates)
+
+
+def mixer_weights(m: ModelConfig, mixer: str) -> int:
+    """Of a mixer's projections, each of which takes two operations a token."""
+    out = m.softmax_head_dim if mixer == "softmax" else m.value_head_dim
+    weights = m.hidden_size * (in_width(m, mixer) + m.num_heads * out)
+    if mixer == "gla":
+        weights += m.gate_rank * (m.hidden_size + m.num_heads * m.head_dim)
+    return weights
+
+
+def mlp_weights(m: ModelConfig) -> int:
+    """Of an MLP, or of the router and the experts that a token goes to."""
+    if not m.num_experts:
+        return 3 * m.hidden_size * m.ffn_hidden_size
+    return m.hidden_size * (m.moe_top_k * 3 * m.moe_ffn_hidden_size + m.num_experts)
+
+
+def state_flops(m: ModelConfig, mixer: str) -> int:
+    """Of a linear recurrence, a token: its state is read (by the delta rule twice) and written."""
+    passes = {"gla": 4, "gated_deltanet": 6}.get(mixer, 0)
+    return passes * m.num_heads * m.head_dim * m.value_head_dim

@@ -5,6 +5,7 @@ import json
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,13 @@ def test_flops_are_those_of_the_matrices_and_pairs() -> None:
     assert flops.step_flops(model, [[0, 4, 10]]) == 3 * (2 * weights * 10 + 4 * 8 * pairs)
     model = ModelConfig("G", hidden_size=8, vocab_size=16, num_heads=2, ffn_hidden_size=24)
     assert flops.step_flops(model, [[0, 10]]) == 2 * flops.step_flops(model, [[0, 5]])
+    model = replace(model, head_dim=4, value_head_dim=6, gate_rank=3)
+    rest = 3 * 8 * 24 + 8 * 16
+    gla = 8 * (2 * 2 * 4 + 2 * 2 * 6) + 8 * 2 * 6 + 3 * (8 + 2 * 4)
+    delta = 8 * (2 * 2 * 4 + 2 * 2 * 6 + 2 * 2) + 8 * 2 * 6
+    for letter, weights, passes in (("G", gla, 4), ("D", delta, 6)):
+        found = flops.step_flops(replace(model, pattern=letter), [[0, 10]])
+        assert found == 3 * 10 * (2 * (weights + rest) + passes * 2 * 4 * 6), letter
 
 
 def test_chosen_steps_are_profiled(config: str, tmp_path: Path) -> None:
