@@ -46,6 +46,20 @@ class Sizes:
     data: int
     expert_tensor: int = 1
 
+    @property
+    def of_model(self) -> dict[str, int]:
+        """Those that cut a model, by the names that `seqpar.models` has for them."""
+        return {
+            "tensor_parallel": self.tensor,
+            "context_parallel": self.context,
+            "pipeline_parallel": self.pipeline,
+            "expert_parallel": self.expert,
+            "expert_tensor_parallel": self.expert_tensor,
+        }
+
+
+ALONE = Sizes(1, 1, 1, 1, 1)
+
 
 def check(config: Config, ranks: int) -> Sizes:
     """The parallel sizes of `config` on that many ranks.
@@ -140,15 +154,7 @@ def _sizes(config: Config, ranks: int) -> Sizes:
 def _check_model(config: Config, sizes: Sizes) -> None:
     check_memory(config.memory)
     try:
-        check_sizes(
-            config.model,
-            tensor_parallel=sizes.tensor,
-            context_parallel=sizes.context,
-            pipeline_parallel=sizes.pipeline,
-            expert_parallel=sizes.expert,
-            expert_tensor_parallel=sizes.expert_tensor,
-            stages=config.parallel.stages,
-        )
+        check_sizes(config.model, stages=config.parallel.stages, **sizes.of_model)
     except ValueError as error:  # names its arguments, here they are settings
         told = re.sub(r"\b(\w+)_parallel=", r"parallel.\1=", str(error))
         raise ValueError(re.sub(r"\bstages=", "parallel.stages=", told)) from None

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 
-@dataclass
+@dataclass(frozen=True)
 class Cluster:
     """Of each GPU: memory and its host's (GiB), operations and bytes a second; its links.
 

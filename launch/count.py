@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from seqpar.cost import GATHERED_HEAD_BYTES
-from seqpar.launch.checks import Sizes
+from seqpar.launch.checks import ALONE, Sizes
 from seqpar.launch.config import Config
 from seqpar.launch.flops import in_width, mixer_weights, mlp_weights
 from seqpar.models.config import ModelConfig, layer_mixers, resolved
@@ -40,9 +40,6 @@ class Parameters:
 
     def __add__(self, other: "Parameters") -> "Parameters":
         return Parameters(self.total + other.total, self.experts + other.experts)
-
-
-ALONE = Sizes(1, 1, 1, 1, 1)
 
 
 def layer_parameters(m: ModelConfig, mixer: str, sizes: Sizes = ALONE) -> Parameters:

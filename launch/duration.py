@@ -48,7 +48,7 @@ def state_exchange(
     b = m.head_dim * m.value_head_dim
     wanted, layout = config.parallel.exchange, config.parallel.layout
     a_bytes, b_bytes = 4 * heads * a, 4 * heads * b
-    choice = _choice(wanted, layout, sizes, tuple(vars(cluster).items()), a_bytes, b_bytes)
+    choice = _choice(wanted, layout, sizes, cluster, a_bytes, b_bytes)
     ranges = 2 if layout == "zigzag" else 1
     inside = min(sizes.context, max(1, cluster.gpus_per_node // sizes.tensor))
     packed = ranges * (a_bytes + b_bytes)
@@ -63,15 +63,14 @@ def state_exchange(
 
 @lru_cache(maxsize=4096)
 def _choice(
-    wanted: str, layout: str, sizes: Sizes, cluster: tuple, a_bytes: int, b_bytes: int
+    wanted: str, layout: str, sizes: Sizes, cluster: Cluster, a_bytes: int, b_bytes: int
 ) -> Choice:
-    each = dict(cluster)
     links = Links(
-        tuple(rank * sizes.tensor // each["gpus_per_node"] for rank in range(sizes.context)),
-        each["latency"],
-        each["bandwidth"],
-        each["across_latency"],
-        each["across_bandwidth"],
+        tuple(rank * sizes.tensor // cluster.gpus_per_node for rank in range(sizes.context)),
+        cluster.latency,
+        cluster.bandwidth,
+        cluster.across_latency,
+        cluster.across_bandwidth,
     )
     chain = Layout(2 * sizes.context, sizes.context, layout).chain
     return choose(wanted, chain, links, a_bytes, b_bytes)

@@ -1,25 +1,21 @@
 """A trained model on one GPU or CPU, read and continued part by part."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from seqpar.comm import Communicator
 from seqpar.incremental import Incremental
 from seqpar.launch import checkpoint
-from seqpar.launch.config import Config
+from seqpar.launch.checks import ALONE
+from seqpar.launch.config import Config, ParallelSection
 from seqpar.launch.failure import together
-from seqpar.launch.ranks import device_of_this_rank
-from seqpar.models import compat
-from seqpar.models.language_model import build_language_model
+from seqpar.launch.setup import build_model
+from seqpar.models.config import MemoryConfig
 from seqpar.models.sequence import SequenceParallelParams
-from seqpar.models.transformer import transformer_config
 
 PART = 4096
 """Tokens that are read at once: their logits are as many times the vocabulary."""
@@ -43,16 +39,8 @@ def load_model(config: Config, step: str = "latest") -> tuple[torch.nn.Module, P
         control,
         lambda: checkpoint.checked_manifest(path, checkpoint.model_identity(config.model)),
     )
-    compat.install()
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
-    model_config = transformer_config(config.model, dtype=dtype)
-    parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    [stage] = build_language_model(config.model, model_config, groups, softmax_method="ring")
-    model: Any = stage.to(device_of_this_rank())
-    if dtype == torch.bfloat16:
-        model = Float16Module(model_config, model)
+    alone = replace(config, parallel=ParallelSection(softmax="ring"), memory=MemoryConfig())
+    _, groups, [model] = build_model(alone, ALONE)
     checkpoint.load_weights([model], groups, path)
     return model.eval(), path
 

@@ -12,6 +12,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from seqpar import Layout, SequenceParallel
 from seqpar.comm import Communicator
@@ -51,50 +52,17 @@ def build(config: Config, sizes: Sizes, control: Communicator) -> Run:
     Raises:
         ValueError: a model that is not possible, or not with these parallel sizes.
     """
-    compat.install()
     device = device_of_this_rank()
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
-    model_config = transformer_config(
-        config.model,
-        tensor_parallel=sizes.tensor,
-        context_parallel=sizes.context,
-        pipeline_parallel=sizes.pipeline,
-        expert_parallel=sizes.expert,
-        expert_tensor_parallel=sizes.expert_tensor,
-        stages=config.parallel.stages,
-        sequence_parallel=sizes.tensor > 1,
-        dtype=dtype,
-    )
-    parallel_state.initialize_model_parallel(
-        sizes.tensor,
-        sizes.pipeline,
-        model_config.virtual_pipeline_model_parallel_size,
-        context_parallel_size=sizes.context,
-        expert_model_parallel_size=sizes.expert,
-        expert_tensor_parallel_size=sizes.expert_tensor,
-    )
-    torch.manual_seed(config.train.seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model_config, groups, stages = build_model(config, sizes)
     # Gradients are summed in fp32 whatever the model's precision is.
     options = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.distributed
     )
-    stages: list[Any] = build_language_model(
-        config.model,
-        model_config,
-        groups,
-        softmax_method=config.parallel.softmax,
-        memory=config.memory,
-    )
     model = []
     for index, stage in enumerate(stages):
-        module = stage.to(device)
-        if dtype == torch.bfloat16:
-            module = Float16Module(model_config, module)
         # only the stage that is done last can overlap its reduction with anything
         ddp = DistributedDataParallel(
-            model_config, options, module, pg_collection=groups, disable_bucketing=index > 0
+            model_config, options, stage, pg_collection=groups, disable_bucketing=index > 0
         )
         ddp.broadcast_params()
         model.append(ddp)
@@ -125,6 +93,43 @@ def build(config: Config, sizes: Sizes, control: Communicator) -> Run:
         optimizer,
         _scheduler(config, optimizer),
     )
+
+
+def build_model(
+    config: Config, sizes: Sizes
+) -> tuple[TransformerConfig, ProcessGroupCollection, list[Any]]:
+    """The model's configuration, Megatron's groups, and this rank's stages, on its device."""
+    compat.install()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
+    model_config = transformer_config(
+        config.model,
+        stages=config.parallel.stages,
+        sequence_parallel=sizes.tensor > 1,
+        dtype=dtype,
+        **sizes.of_model,
+    )
+    parallel_state.initialize_model_parallel(
+        sizes.tensor,
+        sizes.pipeline,
+        model_config.virtual_pipeline_model_parallel_size,
+        context_parallel_size=sizes.context,
+        expert_model_parallel_size=sizes.expert,
+        expert_tensor_parallel_size=sizes.expert_tensor,
+    )
+    torch.manual_seed(config.train.seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    stages: list[Any] = build_language_model(
+        config.model,
+        model_config,
+        groups,
+        softmax_method=config.parallel.softmax,
+        memory=config.memory,
+    )
+    stages = [stage.to(device_of_this_rank()) for stage in stages]
+    if dtype == torch.bfloat16:
+        stages = [Float16Module(model_config, stage) for stage in stages]
+    return model_config, groups, stages
 
 
 def _optimizer_config(config: Config) -> OptimizerConfig:

@@ -11,9 +11,9 @@ from megatron_setup import Rank, Setting, tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seqpar.launch.checks import Sizes
+from seqpar.launch.checks import ALONE, Sizes
 from seqpar.launch.config import Config
-from seqpar.launch.count import ALONE, Count, parameters
+from seqpar.launch.count import Count, parameters
 from seqpar.models.config import MemoryConfig, ModelConfig
 from seqpar.models.language_model import forward_step
 

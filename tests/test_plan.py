@@ -13,10 +13,10 @@ import seqpar
 from seqpar import Layout, SequenceParallel
 from seqpar.comm import Communicator
 from seqpar.launch import plan
-from seqpar.launch.checks import Sizes
+from seqpar.launch.checks import ALONE, Sizes
 from seqpar.launch.cluster import CLUSTERS, load_cluster
 from seqpar.launch.config import CONFIGS, Config, load_config
-from seqpar.launch.count import ALONE, Count
+from seqpar.launch.count import Count
 from seqpar.launch.duration import state_exchange
 from seqpar.launch.flops import state_flops, step_flops
 from seqpar.models.config import ModelConfig
