@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from seqpar.launch.terminal import plain_messages
+from seqpar.launch import terminal
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,8 @@ EXAMPLES = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """The commands, for help and completion; each parses its own words."""
-    top = argparse.ArgumentParser(
-        prog="seqpar",
-        description="Trains language models on sequences of millions of tokens.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    description = "Trains language models on sequences of millions of tokens."
+    top = terminal.command_parser("seqpar", description, EXAMPLES)
     commands = top.add_subparsers(metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=command.help).add_argument("words", nargs="*")
@@ -90,7 +86,7 @@ def _completion(shell: str) -> str:
 
 
 def _run(command: Command, words: list[str]) -> None:
-    plain_messages()
+    terminal.plain_messages()
     try:
         import_module(f"seqpar.launch.{command.module}").main(words)
     except ModuleNotFoundError as error:

@@ -3,7 +3,6 @@
 Each check yields findings: what was looked at, what was found, and what to do if that is bad.
 """
 
-import argparse
 import ctypes
 import errno
 import json
@@ -25,16 +24,11 @@ import torch.distributed as dist
 from seqpar.comm import Communicator
 from seqpar.launch.config import Config, load_config
 from seqpar.launch.ranks import device_of_this_rank, start_ranks
-from seqpar.launch.terminal import plain_messages
+from seqpar.launch.terminal import command_parser, plain_messages
 
 GOOD, NOTE, BAD = "ok", "note", "FAULT"
 
 _NEEDED = {"torch": (2, 8), "megatron-core": (0, 16, 1), "omegaconf": (2, 4), "numpy": (1,)}
-_OPTIONAL = {
-    "triton": "kernels for NVIDIA GPUs",
-    "transformer_engine": "Megatron's fused Adam and clipping",
-    "wandb": "log.wandb",
-}
 
 
 @dataclass(frozen=True)
@@ -64,9 +58,10 @@ def versions() -> Findings:
         good = numbers >= least
         remedy = "" if good else f"pip install '{name}>={wanted}'"
         yield Finding(GOOD if good else BAD, name, found, remedy)
-    missing = [f"{name} ({use})" for name, use in _OPTIONAL.items() if not util.find_spec(name)]
-    there = [name for name in _OPTIONAL if util.find_spec(name)]
-    yield Finding(GOOD, "optional", f"{', '.join(there) or 'none'}; not: {', '.join(missing)}")
+    if util.find_spec("megatron"):
+        from seqpar.launch.packages import packages  # takes seconds to import
+
+        yield Finding(GOOD, "optional", packages().removeprefix("packages "))
 
 
 def gpus() -> Findings:
@@ -281,11 +276,10 @@ Exit code: 0 if training can start, 1 if there is a fault.
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="seqpar doctor",
-        description="Look at GPUs, links, versions, data, folders, disk and clock before training.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "seqpar doctor",
+        "Look at GPUs, links, versions, data, folders, disk and clock before training.",
+        EXAMPLES,
     )
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="whose data and folders to see")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

@@ -23,7 +23,7 @@ from seqpar.launch.data import Corpus, open_corpus
 from seqpar.launch.failure import UserError
 from seqpar.launch.generate import PART, Reader, generate, load_model
 from seqpar.launch.ranks import start_ranks
-from seqpar.launch.terminal import plain_messages
+from seqpar.launch.terminal import command_parser, plain_messages
 from seqpar.launch.tokenizer import Tokenizer, load_tokenizer
 
 PARTS = 8
@@ -167,11 +167,8 @@ EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="seqpar eval",
-        description="See whether a trained model uses its context, and let it write.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "seqpar eval", "See whether a trained model uses its context, and let it write.", EXAMPLES
     )
     parser.add_argument("config", metavar="CONFIG", help="the config.yaml that the run wrote")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

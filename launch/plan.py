@@ -20,6 +20,7 @@ from seqpar.launch.config import Config, load_config
 from seqpar.launch.count import Count, parameters
 from seqpar.launch.duration import state_exchange, step_seconds
 from seqpar.launch.flops import peak_flops, step_flops
+from seqpar.launch.terminal import command_parser
 from seqpar.models.config import RECOMPUTED, layer_mixers, resolved
 
 GIB = 2**30
@@ -255,11 +256,8 @@ EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line. The exit code is 1 where the run does not fit."""
-    parser = argparse.ArgumentParser(
-        prog="seqpar plan",
-        description="Say whether a run fits and how long it takes, without a GPU.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "seqpar plan", "Say whether a run fits and how long it takes, without a GPU.", EXAMPLES
     )
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, see launch/configs")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

@@ -5,7 +5,6 @@ counts, unigram entropy); with --held-out also PREFIX.held_out.{bin,idx,json}. E
 with the tokenizer's end-of-document id.
 """
 
-import argparse
 import hashlib
 import json
 import logging
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from seqpar.launch.terminal import plain_messages
+from seqpar.launch.terminal import command_parser, plain_messages
 from seqpar.launch.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -205,11 +204,8 @@ EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="seqpar prepare",
-        description="Turn texts into a corpus in Megatron's indexed format.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "seqpar prepare", "Turn texts into a corpus in Megatron's indexed format.", EXAMPLES
     )
     parser.add_argument(
         "inputs",

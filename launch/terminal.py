@@ -1,7 +1,18 @@
-"""What the command line says beside its results: this project's messages, one line each."""
+"""What the command line says beside its results: help, and messages of one line each."""
 
+import argparse
 import logging
 import warnings
+
+
+def command_parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """Of a command; its help ends in `examples` as they are."""
+    return argparse.ArgumentParser(
+        prog=command,
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def plain_messages() -> None:

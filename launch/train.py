@@ -3,7 +3,6 @@
 One process without torchrun: `seqpar train CONFIG [section.key=value ...]`.
 """
 
-import argparse
 import os
 import shlex
 import shutil
@@ -26,7 +25,7 @@ from seqpar.launch.failure import LoneError, Stopped, UserError, leave, together
 from seqpar.launch.metrics import METRICS
 from seqpar.launch.ranks import start_ranks
 from seqpar.launch.signals import StopRequests
-from seqpar.launch.terminal import plain_messages
+from seqpar.launch.terminal import command_parser, plain_messages
 
 if TYPE_CHECKING:
     from seqpar.launch import checkpoint
@@ -203,11 +202,10 @@ that a run wrote into its log.folder lists them all.
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="seqpar train",
-        description="Train a language model on sequences cut over all ranks of torchrun.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "seqpar train",
+        "Train a language model on sequences cut over all ranks of torchrun.",
+        EXAMPLES,
     )
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, see launch/configs")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

@@ -68,9 +68,9 @@ class _Call:
         states, A = known or (_states(k, v, len(pieces.entered)), None)
         assert states is not None
         entering = _ready(states)
-        if sp.exchanges and known is None:
-            sp.enter(self.name, q=q, v=v)
-        if (pieces.left or sp.exchanges) and known is None:
+        if known is None and (pieces.left or sp.exchanges):
+            if sp.exchanges:
+                sp.enter(self.name, q=q, v=v)
             A, B = prepared.summarize()
             entering = _scan(family, sp, pieces, A, B, states, backwards=False)
         remember(states, A)

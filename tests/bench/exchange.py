@@ -25,7 +25,7 @@ from seqpar.cost import Links, choose
 from seqpar.exchange import EXCHANGES, handover, ring
 from seqpar.kernels.transition import Decay, Dense, Transition
 
-from .ranks import AHEAD, CUDA, DEVICE, MACHINE, Bench
+from .ranks import CUDA, DEVICE, MACHINE, Bench
 
 REPEATS = 30
 IN_A_ROW = 50
@@ -140,7 +140,7 @@ def in_a_row(bench: Bench, call: Call) -> float:
             call()
 
     calls()
-    return _on_stream(bench, calls)
+    return _one(bench, calls)
 
 
 def in_a_graph(bench: Bench, call: Call) -> float:
@@ -152,22 +152,12 @@ def in_a_graph(bench: Bench, call: Call) -> float:
         for _ in range(IN_A_ROW):
             call()
     graph.replay()
-    return _on_stream(bench, graph.replay)
+    return _one(bench, graph.replay)
 
 
-def _on_stream(bench: Bench, calls: Call) -> float:
-    """us of one of IN_A_ROW calls, the best of five, by the GPU's clock."""
-    times = []
-    for _ in range(5):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        bench.comm.barrier()
-        torch.cuda._sleep(AHEAD)
-        begin.record()
-        calls()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    return bench.slowest(min(times)) / IN_A_ROW
+def _one(bench: Bench, calls: Call) -> float:
+    """us of one of IN_A_ROW calls, the best of five."""
+    return bench.slowest(min(bench.seconds(calls) for _ in range(5))) / IN_A_ROW * 1e6
 
 
 def draw(rows: list[Row], path: Path, title: str) -> None:

@@ -109,15 +109,16 @@ class Bench:
     def milliseconds(self, call: Callable[[], object], repeats: int, longest: float = 4.0) -> float:
         """The median of the slowest rank, of fewer repeats where they take `longest` seconds.
 
-        Of a GPU, the time on its stream: the host launches while the GPU is kept waiting. The first
-        calls, which compile and make connections, are not counted.
+        The first calls, which compile and make connections, are not counted.
         """
-        taken = [self._once(call) for _ in range(3)][-1]
+        taken = [self.seconds(call) for _ in range(3)][-1]
         fits = max(3, int(longest / max(self.slowest(taken), 1e-6)))
-        times = [self._once(call) for _ in range(min(repeats, fits))]
+        times = [self.seconds(call) for _ in range(min(repeats, fits))]
         return self.slowest(statistics.median(times)) * 1e3
 
-    def _once(self, call: Callable[[], object]) -> float:
+    def seconds(self, call: Callable[[], object]) -> float:
+        """Of one call on this rank; of a GPU, on its stream: the host launches while the GPU is
+        kept waiting."""
         synchronize()
         self.comm.barrier()
         if CUDA:
