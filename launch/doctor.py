@@ -62,6 +62,8 @@ def versions() -> Findings:
         from seqpar.launch.packages import packages  # takes seconds to import
 
         yield Finding(GOOD, "optional", packages().removeprefix("packages "))
+    there = "installed" if util.find_spec("wandb") else "not installed; log.wandb needs it"
+    yield Finding(GOOD, "wandb", there)
 
 
 def gpus() -> Findings:

@@ -13,7 +13,6 @@ _OPTIONAL = {
     "triton": ("kernels on GPUs", "plain PyTorch in place of kernels, slow"),
     "tensorboard": ("its files", "none of its files"),
     "matplotlib": ("loss plot", "no loss plot"),
-    "wandb": ("log.wandb", "no log.wandb"),
 }
 _FUSED = ("transformer_engine", "apex")
 
