@@ -3,6 +3,7 @@
 import os
 
 import torch
+from hypothesis import settings
 
 # Triton kernels run on the CPU then; it is read when triton is first imported.
 if not torch.cuda.is_available():
@@ -12,3 +13,6 @@ torch.set_num_threads(1)
 # Fills what torch.empty and its kin return with NaN: memory read before it is written shows.
 # On a GPU some operators have no deterministic form: there it warns.
 torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+# The same examples in each run, whatever the load; others each time: --hypothesis-profile=default.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")

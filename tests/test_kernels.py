@@ -77,7 +77,7 @@ def test_the_four_functions_equal_the_token_loop(name: str, tokens: int) -> None
         assert_close(f"gradient {i}", gradient, right, 1e-10)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.sampled_from(list(CASES)), st.lists(st.integers(1, 90), min_size=2, max_size=5))
 def test_a_sequence_cut_anywhere_and_chained_equals_the_uncut_one(
     name: str, lengths: list[int]
@@ -127,7 +127,7 @@ def transition_maps(transition: Transition, count: int) -> list[tuple[Tensor, Te
 @pytest.mark.parametrize(
     "transition", [Identity(), Decay(), Dense()], ids=lambda t: type(t).__name__
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**31))
 def test_the_algebra_is_associative_and_has_the_adjoint(transition: Transition, seed: int) -> None:
     def compose(later: tuple[Tensor, Tensor], first: tuple[Tensor, Tensor]) -> tuple:
@@ -142,9 +142,10 @@ def test_the_algebra_is_associative_and_has_the_adjoint(transition: Transition, 
         assert_close("A", left[0], right[0], 1e-12)
 
     (A, x), (_, y) = transition_maps(transition, 2)
-    forward = (x * transition.apply(A, y)).sum()
-    backward = (transition.apply(transition.adjoint(A), x) * y).sum()
-    assert_close("adjoint", forward, backward, 1e-12)
+    forward = x * transition.apply(A, y)
+    backward = transition.apply(transition.adjoint(A), x) * y
+    terms = forward.abs().sum()  # a sum may nearly cancel, its error does not
+    assert_close("adjoint", forward.sum(), backward.sum(), 1e-12, terms)
     leaf = A.clone().requires_grad_()
     if leaf.numel():
         (expected,) = torch.autograd.grad((transition.apply(leaf, y) * x).sum(), leaf)
