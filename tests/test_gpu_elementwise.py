@@ -173,7 +173,8 @@ def test_norms(dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.M
         "weight": randn(shape[-1], seed=2).to(dtype),
     }
     dy = randn(*shape, seed=3).to(dtype)
-    check(gated_rms_norm, given, dy, monkeypatch)
+    for kind in ({}, {"activation": "sigmoid"}, {"gate_first": True}):
+        check(partial(gated_rms_norm, **kind), given, dy, monkeypatch)
     check(unit, {"x": given["x"]}, dy, monkeypatch)
 
 
