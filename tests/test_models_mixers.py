@@ -183,8 +183,7 @@ def direct_softmax(module: Any, x: Tensor) -> Tensor:
         (linear_attention_spec("retention", **SIZES, rope_base=50.0), direct_retention),
         (softmax_attention_spec(rope_base=100.0, rope_fraction=0.5), direct_softmax),
     ],
-    ids=["gla", "gdn", "gdn shared", "kda", "kda shared", "mamba2", "mamba2 shared", "retention"]
-    + ["softmax"],
+    ids=str.split("gla gdn gdn-shared kda kda-shared mamba2 mamba2-shared retention softmax"),
 )
 def test_mixer_is_its_definition(spec: ModuleSpec, direct: Callable[[Any, Tensor], Tensor]) -> None:
     run_ranks(lambda rank: check(spec, direct), 1)

@@ -59,9 +59,7 @@ KINDS = [("silu", False), ("sigmoid", False), ("silu", True), ("sigmoid", True)]
 
 @pytest.mark.parametrize(("activation", "first"), KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gated_norm_and_all_gradients(
-    shape: tuple[int, ...], activation: str, first: bool
-) -> None:
+def test_gated_norm_and_all_gradients(shape: tuple[int, ...], activation: str, first: bool) -> None:
     def ours(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
         return gated_rms_norm(x, gate, weight, 1e-3, activation=activation, gate_first=first)
 
