@@ -26,9 +26,9 @@ def first_rates(heads: int) -> Tensor:
     return torch.empty(heads).uniform_(1, 16).log()
 
 
-def first_steps(*shape: int) -> Tensor:
-    """`shape`, what softplus takes to steps drawn log-uniformly from [0.001, 0.1], likewise."""
-    step = torch.empty(shape).uniform_(math.log(0.001), math.log(0.1)).exp()
+def first_steps(count: int) -> Tensor:
+    """[count], what softplus takes to steps drawn log-uniformly from [0.001, 0.1], likewise."""
+    step = torch.empty(count).uniform_(math.log(0.001), math.log(0.1)).exp()
     return step + (-(-step).expm1()).log()
 
 

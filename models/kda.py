@@ -72,7 +72,7 @@ class KimiDeltaAttention(SequenceMixer):
         self.decay_up = self.column_linear(gate_rank, num_heads * head_dim)
         self.gate_up = self.column_linear(gate_rank, num_heads * value_head_dim, bias=True)
         self.A_log = self.head_parameter(first_rates(num_heads))
-        self.dt_bias = self.head_parameter(first_steps(num_heads, head_dim))
+        self.dt_bias = self.head_parameter(first_steps(num_heads * head_dim))  # flat: no decay
         self.norm = GatedHeadNorm(config, value_head_dim, self.tp_group, activation="sigmoid")
 
     def mix(
@@ -84,7 +84,8 @@ class KimiDeltaAttention(SequenceMixer):
         qkv = causal_conv1d(qkv, taps, activation="silu", sp=params.sp)
         q, k, v = qkv.split(self.widths, -1)
         low_decay, low_gate = self.gate_down(hidden_states).chunk(2, -1)
-        opposite = -self.dt_bias.float() - self._heads(self.decay_up(low_decay)[0])
+        bias = self.dt_bias.float().unflatten(0, (self.heads * self.each, -1))
+        opposite = -bias - self._heads(self.decay_up(low_decay)[0])
         finish = start_delta_attention(
             unit(q),
             unit(k),

@@ -72,7 +72,7 @@ class Mamba2(SequenceMixer):
         self.widths, self.each = widths, each
         taps = torch.empty(groups, sum(widths), conv_width)
         self.conv_weight = self.head_parameter(taps.uniform_(-1, 1) / math.sqrt(conv_width))
-        self.conv_bias = self.head_parameter(torch.zeros(groups, sum(widths)))
+        self.conv_bias = self.head_parameter(torch.zeros(groups * sum(widths)))  # flat: no decay
         self.A_log = self.head_parameter(first_rates(num_heads))
         self.dt_bias = self.head_parameter(first_steps(num_heads))
         self.D = self.head_parameter(torch.ones(num_heads))
@@ -83,8 +83,8 @@ class Mamba2(SequenceMixer):
     ) -> Tensor:
         """See SequenceMixer; z is late."""
         cbx, dt = x.split([sum(self.widths), self.each], -1)
-        taps, bias = self.conv_weight.flatten(0, 1), self.conv_bias.flatten()
-        cbx = causal_conv1d(cbx, taps, bias, activation="silu", sp=params.sp)
+        taps = self.conv_weight.flatten(0, 1)
+        cbx = causal_conv1d(cbx, taps, self.conv_bias, activation="silu", sp=params.sp)
         c, b, x = cbx.split(self.widths, -1)
         x = x.unflatten(3, (self.each, -1)).flatten(2, 3)  # [b, s, heads, value_head_dim]
         opposite = -self.dt_bias.float() - dt.flatten(2)  # softplus(y) = -logsigmoid(-y)

@@ -80,8 +80,8 @@ def direct_gla(module: Any, x: Tensor) -> Tensor:
 def convolved(module: Any, keys: int, *parts: Tensor) -> list[Tensor]:
     """Each channel's short convolution and SiLU; the last part by heads of values."""
     found = []
-    bias = getattr(module, "conv_bias", torch.zeros(keys, sum(x.shape[-1] for x in parts)))
     widths = [x.shape[-1] for x in parts]
+    bias = getattr(module, "conv_bias", torch.zeros(keys * sum(widths))).view(keys, -1)
     weights = zip(module.conv_weight.split(widths, 1), bias.split(widths, 1), strict=True)
     for channels, (taps, shift) in zip(parts, weights, strict=True):
         padded = F.pad(channels.flatten(2).mT, (3, 0))
@@ -114,7 +114,7 @@ def direct_kda(module: Any, x: Tensor) -> Tensor:
     q, k, v = convolved(module, keys, *qkv)
     low_decay, low_gate = F.linear(x, module.gate_down.weight).chunk(2, -1)
     steps = F.linear(low_decay, module.decay_up.weight).unflatten(-1, (HEADS, KEY))
-    log_decay = -module.A_log.exp()[:, None] * F.softplus(steps + module.dt_bias)
+    log_decay = -module.A_log.exp()[:, None] * F.softplus(steps + module.dt_bias.view(HEADS, KEY))
     beta = torch.sigmoid(b.flatten(2))
     o, _ = reference.delta_attention(unit(q), unit(k), v, beta, log_decay)
     gate = F.linear(low_gate, module.gate_up.weight, module.gate_up.bias)
