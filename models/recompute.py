@@ -16,10 +16,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from seqpar.comm import Communicator
 from seqpar.kept import Kept, Row
-from seqpar.models.config import MemoryConfig
+from seqpar.models.config import MemoryConfig, made_again
+from seqpar.models.groups import gradients, plus
 from seqpar.models.offload import Offloaded, Offloader
 
 
@@ -46,8 +48,8 @@ class SavingLayer(TransformerLayer):
         **others: Any,
     ) -> None:
         super().__init__(config, *arguments, layer_number=layer_number, **others)
-        kind = "softmax" if mixers[self.layer_number - 1] == "softmax" else "linear"
-        self.recomputed = [kind in memory.recompute, "mlp" in memory.recompute]
+        mixer = mixers[self.layer_number - 1]
+        self.recomputed = [made_again(memory, mixer), "mlp" in memory.recompute]
         if any(self.recomputed) and config.hidden_dropout:
             raise ValueError(
                 f"memory.recompute={list(memory.recompute)} is not possible with hidden_dropout="
@@ -58,6 +60,8 @@ class SavingLayer(TransformerLayer):
                 f"memory.recompute={list(memory.recompute)} and Megatron's recompute_granularity="
                 f"{config.recompute_granularity!r} both make layers again; set one of them only"
             )
+        if self.recomputed[0]:
+            self.self_attention.head_groups = min(memory.head_groups, self.self_attention.heads)
         self.mlp_tokens, self.keep_attention = memory.mlp_tokens, memory.keep_attention
         # Megatron counts within the stage here, and over all stages in self.layer_number
         self.offloader = offloader if layer_number <= memory.offload_layers else None
@@ -127,23 +131,21 @@ class Part:
     def gradients(self, x: Tensor, dy: Tensor) -> list[Tensor | None]:
         """Run again on x; the gradients of x and of the parameters."""
         if self.tiles == 1:
-            return self.through(x, self.run(x), dy)
+            x.requires_grad_()
+            return gradients(get_gradient_edge(self.run(x)), [x, *self.parameters], dy)
         dx = torch.empty_like(x)
         sums: list[Tensor | None] = [None] * len(self.parameters)
-        tiles = (each.tensor_split(self.tiles) for each in (x.detach(), dy, dx))
+        tiles = (each.tensor_split(self.tiles) for each in (x, dy, dx))
         for tile, d_out, d_tile in zip(*tiles, strict=True):
             tile.requires_grad_()
-            found, *own = self.through(tile, self.run(tile), d_out)
+            edge = get_gradient_edge(self.run(tile))
+            found, *own = gradients(edge, [tile, *self.parameters], d_out)
             assert found is not None
             d_tile.copy_(found)
             # summed in fp32, and handed on as one gradient: Megatron acts on the first that comes
-            sums = [_plus(total, each) for total, each in zip(sums, own, strict=True)]
+            sums = [plus(total, each) for total, each in zip(sums, own, strict=True)]
         typed = zip(sums, self.parameters, strict=True)
         return [dx, *(None if total is None else total.to(p.dtype) for total, p in typed)]
-
-    def through(self, x: Tensor, y: Tensor, dy: Tensor) -> list[Tensor | None]:
-        """The gradients of x and of the parameters, of which y was made."""
-        return list(torch.autograd.grad(y, [x, *self.parameters], dy, allow_unused=True))
 
 
 class Here:
@@ -167,52 +169,55 @@ def recompute(
 
     keep_large: whether what is costly is kept with it even if it grows with the tokens.
     """
-    parameters = [p for part in chain for p in part.parameters]
-    return _Recompute.apply(chain, Kept(keep_large), stored, x, *parameters)
+    run = _Run(chain, Kept(keep_large), stored)
+    for index, part in enumerate(chain):
+        x = _Part.apply(run, index, x, *part.parameters)
+    return x
 
 
-class _Recompute(torch.autograd.Function):
+class _Run:
     """A chain of parts, of which only the input is kept."""
 
+    def __init__(self, chain: list[Part], kept: Kept, stored: Here | Offloaded) -> None:
+        self.chain, self.kept, self.stored = chain, kept, stored
+        self.made: list[tuple[Tensor, GradientEdge]] = []  # of the second run: inputs, outputs
+
+    def forward(self, index: int, x: Tensor) -> Tensor:
+        if index == 0:
+            self.stored.add([(x,)])
+        with self.kept.first():
+            y = self.chain[index](x)
+        if index + 1 == len(self.chain):
+            self.stored.add(self.kept.rows)
+            self.kept.rows = []
+        return y
+
+    def backward(self, index: int, dy: Tensor) -> list[Tensor | None]:
+        """The last part's makes all before it again, whose gradients follow."""
+        part = self.chain[index]
+        if index + 1 < len(self.chain):
+            leaf, edge = self.made.pop()
+            return gradients(edge, [leaf, *part.parameters], dy)
+        first, *self.kept.rows = self.stored.get()
+        x: Any = first[0]
+        with self.kept.second(), torch.enable_grad():
+            for before in self.chain[:-1]:
+                leaf = x.detach().requires_grad_()
+                x = before(leaf)
+                self.made.append((leaf, get_gradient_edge(x)))
+            return part.gradients(x.detach(), dy)
+
+
+class _Part(torch.autograd.Function):
+    """One part of a run. Each is a node of its own, so that what it gets is free after it."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        chain: list[Part],
-        kept: Kept,
-        stored: Here | Offloaded,
-        x: Tensor,
-        *parameters: Tensor,
-    ) -> Tensor:
-        stored.add([(x,)])
-        with kept.first():
-            for part in chain:
-                x = part(x)
-        stored.add(kept.rows)
-        kept.rows = []
-        ctx.plan = chain, kept, stored
-        return x
+    def forward(ctx: Any, run: _Run, index: int, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.plan = run, index
+        return run.forward(index, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        chain, kept, stored = ctx.plan
-        ((x,), *kept.rows) = stored.get()
-        with kept.second(), torch.enable_grad():
-            inputs, outputs = [], []
-            for part in chain[:-1]:
-                inputs.append(x.detach().requires_grad_())
-                outputs.append(part(inputs[-1]))
-                x = outputs[-1]
-            dx, *gradients = chain[-1].gradients(x.detach().requires_grad_(), dy)
-            del x, dy
-            for part in reversed(chain[:-1]):
-                dx, *own = part.through(inputs.pop(), outputs.pop(), dx)
-                gradients = [*own, *gradients]
-        return None, None, None, dx, *gradients
-
-
-def _plus(total: Tensor | None, x: Tensor | None) -> Tensor | None:
-    if total is None or x is None:
-        return x if total is None else total
-    precise = torch.promote_types(x.dtype, torch.float32)
-    return total.to(precise).add_(x)
+        run, index = ctx.plan
+        return None, None, *run.backward(index, dy)
