@@ -87,19 +87,20 @@ def _microbatch(count: Count, cluster: Cluster) -> Parts:
     moved = flops = attention = 0.0
     halves_again, mlp_again = 0, count.mlp_again
     for mixer in count.mixers:
-        again = count.again(mixer)
-        halves_again += again + mlp_again
+        groups = count.groups(mixer)
+        again = count.again(mixer) * (2 - 1 / groups)  # all but one group a third time
+        halves_again += (again > 0) + mlp_again
         flops += count.mixer_flops(mixer) * (3 + again) + count.mlp_flops * (3 + mlp_again)
         moved += count.mixer_bytes(mixer) * (_MOVED[1] + _MOVED[0] * again)
         moved += count.mlp_bytes * (_MOVED[1] + _MOVED[0] * mlp_again)
         if mixer == "softmax":
-            runs = 3.5 + (again and not config.memory.keep_attention)
+            runs = 3.5 + (again > 0 and not config.memory.keep_attention)
             attention += count.attention_flops * runs / cluster.attention
             continue
         found["recurrences"] += _recurrence(count, cluster, mixer, again)
         if sizes.context > 1:
             choice, _ = state_exchange(config, sizes, cluster, mixer)
-            found["states across ranks"] += 2 * choice.seconds[choice.name]
+            found["states across ranks"] += 2 * groups * choice.seconds[choice.name]
     if count.last:
         flops += 4 * count.loss_flops
     found["matrix products"] = flops / cluster.matmul
@@ -158,7 +159,7 @@ def _total(parts: Parts) -> float:
     return sum(parts.values())
 
 
-def _recurrence(count: Count, cluster: Cluster, mixer: str, again: bool) -> float:
+def _recurrence(count: Count, cluster: Cluster, mixer: str, again: float) -> float:
     m = count.model
     key, value = m.head_dim, m.value_head_dim
     widths = {mixer: (key + value) / 256, "norm": value / 128}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -135,12 +136,12 @@ def test_microbatches_in_flight(
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes that tensors made within it took at once."""
+    """The most bytes that tensors made within it, and not given, took at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, given: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.most = 0
-        self._known: set[int] = set()
+        self._known = {x.untyped_storage()._cdata for x in given}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -161,7 +162,7 @@ class Peak(TorchDispatchMode):
 def peak_bytes(rank: int, model: ModelConfig, setting: Setting) -> int:
     state = Rank(model, setting)
     batches = list(state.batches())
-    with Peak() as peak:
+    with Peak(p for _, p in state.parameters()) as peak:
         output, loss_of = forward_step(iter(batches), state.network)
         loss_of(output)[0].backward()
     return peak.most
