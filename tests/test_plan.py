@@ -70,6 +70,10 @@ def test_more_gpus_where_memory_alone_does_not_help() -> None:
             ["parallel.expert=3", "data.sequence_length=9K", "--gpus", "9"],
             r"parallel.expert=3 must divide model.num_experts",
         ),
+        (
+            ["memory.recompute=[linear]", "memory.head_groups=3"],
+            r"memory.head_groups=3 must divide the heads of .* on a rank=16; nearest: 2, 4",
+        ),
         (["memory.recompute=[gla]"], r"memory.recompute=.* may hold linear, softmax, mlp"),
     ],
 )
@@ -109,14 +113,33 @@ def test_search_gives_what_fits_best_first(path: str, length: str, gpus: int) ->
 
 
 def test_savers_cost_time_and_save_memory() -> None:
-    config = load_config(HYBRID, ["data.sequence_length=512K"])
-    plans = [plan.make_plan(plan.changed(config, way), 8, H200) for way in plan.savers(24)]
-    memory = [sum(each.memory.values()) for each in plans]
-    seconds = [sum(each.seconds.values()) for each in plans]
-    assert memory[:5] == sorted(memory[:5], reverse=True)
-    assert seconds[:5] == sorted(seconds[:5])
-    assert memory[5] < memory[3]  # offloading
-    assert memory[7] < memory[6] < memory[5]
+    config = load_config(HYBRID, ["data.sequence_length=8M"])
+    plans = [
+        (way, plan.make_plan(plan.changed(config, way), 8, H200)) for way in plan.savers(config)
+    ]
+    saving: set[str] = set()
+    for way, less in plans:
+        for beyond, more in plans:
+            if way.items() < beyond.items():  # the same and something else
+                assert sum(more.memory.values()) <= sum(less.memory.values())
+                assert sum(more.seconds.values()) >= sum(less.seconds.values())
+                if sum(more.memory.values()) < sum(less.memory.values()):
+                    saving |= beyond.keys() - way.keys()
+    assert saving >= {f"memory.{name}" for name in ("offload_layers", "head_groups")}
+    assert "memory.keep_attention" in saving
+
+
+@pytest.mark.parametrize(("gpus", "length"), [(1, "2M"), (2, "4M")])
+def test_heads_in_groups_are_what_makes_two_million_tokens_a_gpu_fit(
+    gpus: int, length: str
+) -> None:
+    config = load_config(HYBRID, [f"data.sequence_length={length}"])
+    found = plan.nearest(config, gpus, H200)
+    assert found is not None
+    assert "memory.head_groups=4" in found[1]
+    assert "--gpus" not in found[1]
+    assert sum(found[0].memory.values()) < 120 * plan.GIB
+    assert plan.search(config, gpus, H200)
 
 
 @pytest.mark.parametrize(
