@@ -89,6 +89,8 @@ class MemoryConfig:
             is made again; attention takes longer than all else in long sequences.
         offload_layers: how many layers, the first of each pipeline stage, keep what is made again
             from in the host's memory.
+        keep_every: of so many layers in a row, made again whole, the input of the first alone is
+            kept, and all but the last are run a third time.
     """
 
     loss_tokens: int = 2048
@@ -97,6 +99,7 @@ class MemoryConfig:
     head_groups: int = 1
     keep_attention: bool = True
     offload_layers: int = 0
+    keep_every: int = 1
 
 
 RECOMPUTED = ("linear", "softmax", "mlp")
@@ -105,7 +108,8 @@ RECOMPUTED = ("linear", "softmax", "mlp")
 
 def check_memory(memory: MemoryConfig, model: ModelConfig, tensor_parallel: int = 1) -> None:
     """Raise ValueError for settings that cannot be, of a model that `check_sizes` lets pass."""
-    check_at_least("memory.head_groups", memory.head_groups, 1)
+    for name in ("head_groups", "keep_every"):
+        check_at_least(f"memory.{name}", getattr(memory, name), 1)
     for name in ("loss_tokens", "mlp_tokens", "offload_layers"):
         check_at_least(f"memory.{name}", getattr(memory, name), 0)
     for name in memory.recompute:
@@ -120,6 +124,11 @@ def check_memory(memory: MemoryConfig, model: ModelConfig, tensor_parallel: int 
             f"and memory.recompute is empty; set it to [{', '.join(RECOMPUTED)}]"
         )
     mixers = [mixer for mixer in dict.fromkeys(layer_mixers(model)) if made_again(memory, mixer)]
+    if memory.keep_every > 1 and set(memory.recompute) != set(RECOMPUTED):
+        raise ValueError(
+            f"memory.keep_every={memory.keep_every} is of layers that are made again whole; set "
+            f"memory.recompute to [{', '.join(RECOMPUTED)}], or memory.keep_every to 1"
+        )
     if memory.head_groups > 1 and not mixers:
         raise ValueError(
             f"memory.head_groups={memory.head_groups} is of mixers that are made again, and "

@@ -8,7 +8,7 @@ is made three times. What the first run exchanged and is small (memory states, h
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class SavingLayer(TransformerLayer):
     Args:
         memory: what is made again.
         mixers: of all layers of the model, see seqpar.models.config.layer_mixers.
-        offloader: shared by all layers.
+        runs: shared by all layers.
 
     Raises:
         ValueError: with dropout, or beside Megatron's own recomputation.
@@ -44,7 +44,7 @@ class SavingLayer(TransformerLayer):
         layer_number: int = 1,
         memory: MemoryConfig,
         mixers: Sequence[str],
-        offloader: Offloader,
+        runs: "Runs",
         **others: Any,
     ) -> None:
         super().__init__(config, *arguments, layer_number=layer_number, **others)
@@ -64,7 +64,8 @@ class SavingLayer(TransformerLayer):
             self.self_attention.head_groups = min(memory.head_groups, self.self_attention.heads)
         self.mlp_tokens, self.keep_attention = memory.mlp_tokens, memory.keep_attention
         # Megatron counts within the stage here, and over all stages in self.layer_number
-        self.offloader = offloader if layer_number <= memory.offload_layers else None
+        self.goes_on = bool((layer_number - 1) % memory.keep_every)
+        self.away, self.runs = layer_number <= memory.offload_layers, runs
 
     def forward(self, hidden_states: Tensor, **inputs: Any) -> tuple[Tensor, None]:
         """Megatron's call: hidden_states [s, b, h] -> ([s, b, h], no context)."""
@@ -91,8 +92,8 @@ class SavingLayer(TransformerLayer):
         return x, None
 
     def _recompute(self, chain: "list[Part]", x: Tensor) -> Tensor:
-        stored = self.offloader.begin(self.layer_number) if self.offloader else Here()
-        return recompute(chain, x, stored, keep_large=self.keep_attention)
+        run = self.runs.go_on() if self.goes_on else self.runs.begin(self.layer_number, self.away)
+        return run(chain, x, self.keep_attention)
 
     def _tiles(self, tokens: int, given: Any) -> int:
         """How many tiles `tokens` are; as many on all ranks that exchange tokens of experts."""
@@ -162,62 +163,109 @@ class Here:
         return rows
 
 
-def recompute(
-    chain: list[Part], x: Tensor, stored: Here | Offloaded, keep_large: bool = False
-) -> Tensor:
-    """The chain's output for x, which is kept in `stored` until the backward pass makes all again.
+class Run:
+    """Some layers, each a chain of parts, of which the first one's input is kept in `stored`."""
 
-    keep_large: whether what is costly is kept with it even if it grows with the tokens.
-    """
-    run = _Run(chain, Kept(keep_large), stored)
-    for index, part in enumerate(chain):
-        x = _Part.apply(run, index, x, *part.parameters)
-    return x
+    def __init__(self, stored: Here | Offloaded) -> None:
+        self._stored = stored
+        self._layers: list[_Layer] = []
 
+    def __call__(self, chain: list[Part], x: Tensor, keep_large: bool = False) -> Tensor:
+        """One more layer's output for x, its input.
 
-class _Run:
-    """A chain of parts, of which only the input is kept."""
+        keep_large: whether what is costly is kept even if it grows with the tokens.
+        """
+        if not self._layers:
+            self._stored.add([(x,)])
+        layer = _Layer(chain, Kept(keep_large))
+        self._layers.append(layer)
+        for index, part in enumerate(chain):
+            x = _Part.apply(self, layer, index, x, *part.parameters)
+        return x
 
-    def __init__(self, chain: list[Part], kept: Kept, stored: Here | Offloaded) -> None:
-        self.chain, self.kept, self.stored = chain, kept, stored
-        self.made: list[tuple[Tensor, GradientEdge]] = []  # of the second run: inputs, outputs
-
-    def forward(self, index: int, x: Tensor) -> Tensor:
-        if index == 0:
-            self.stored.add([(x,)])
-        with self.kept.first():
-            y = self.chain[index](x)
-        if index + 1 == len(self.chain):
-            self.stored.add(self.kept.rows)
-            self.kept.rows = []
+    def forward(self, layer: "_Layer", index: int, x: Tensor) -> Tensor:
+        with layer.kept.first():
+            y = layer.chain[index](x)
+        if index + 1 == len(layer.chain):
+            rows, layer.kept.rows = layer.kept.rows, []
+            layer.rows = len(rows)
+            self._stored.add(rows)
         return y
 
-    def backward(self, index: int, dy: Tensor) -> list[Tensor | None]:
-        """The last part's makes all before it again, whose gradients follow."""
-        part = self.chain[index]
-        if index + 1 < len(self.chain):
-            leaf, edge = self.made.pop()
+    def backward(self, layer: "_Layer", index: int, dy: Tensor) -> list[Tensor | None]:
+        """A layer's last part makes all before it again, whose gradients follow."""
+        part = layer.chain[index]
+        if index + 1 < len(layer.chain):
+            leaf, edge = layer.made.pop()
             return gradients(edge, [leaf, *part.parameters], dy)
-        first, *self.kept.rows = self.stored.get()
-        x: Any = first[0]
-        with self.kept.second(), torch.enable_grad():
-            for before in self.chain[:-1]:
+        if layer.x is None:
+            self._restore()
+        x: Any = layer.x
+        layer.x = None
+        with layer.kept.second(), torch.enable_grad():
+            for before in layer.chain[:-1]:
                 leaf = x.detach().requires_grad_()
                 x = before(leaf)
-                self.made.append((leaf, get_gradient_edge(x)))
+                layer.made.append((leaf, get_gradient_edge(x)))
             return part.gradients(x.detach(), dy)
+
+    def _restore(self) -> None:
+        """Every layer's input, and what it kept."""
+        (first, *rows) = self._stored.get()
+        [x] = first
+        for layer in self._layers:
+            layer.x = x
+            layer.kept.rows, rows = rows[: layer.rows], rows[layer.rows :]
+            if layer is not self._layers[-1]:
+                kept = Kept(large=True)
+                with layer.kept.second(), kept.first():
+                    for part in layer.chain:
+                        x = part(x)
+                layer.kept = kept
+
+
+@dataclass
+class _Layer:
+    """Of a run. x: its input, once that is known again; rows: how many its first run kept; made:
+    inputs and outputs of all parts but the last, in the second run.
+    """
+
+    chain: list[Part]
+    kept: Kept
+    x: Tensor | None = None
+    rows: int = 0
+    made: list[tuple[Tensor, GradientEdge]] = field(default_factory=list)
+
+
+class Runs:
+    """Gives each layer of a model the run that it belongs to."""
+
+    def __init__(self) -> None:
+        self._offloader = Offloader()
+        self._latest = Run(Here())
+
+    def begin(self, layer: int, away: bool) -> Run:
+        """A new one. away: whether its input waits in the host's memory."""
+        self._latest = Run(self._offloader.begin(layer) if away else Here())
+        return self._latest
+
+    def go_on(self) -> Run:
+        """That of the layer before."""
+        return self._latest
 
 
 class _Part(torch.autograd.Function):
-    """One part of a run. Each is a node of its own, so that what it gets is free after it."""
+    """One part of a layer. Each is a node of its own, so that what it gets is free after it."""
 
     @staticmethod
-    def forward(ctx: Any, run: _Run, index: int, x: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.plan = run, index
-        return run.forward(index, x)
+    def forward(
+        ctx: Any, run: Run, layer: _Layer, index: int, x: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        ctx.plan = run, layer, index
+        return run.forward(layer, index, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        run, index = ctx.plan
-        return None, None, *run.backward(index, dy)
+        run, layer, index = ctx.plan
+        return None, None, None, *run.backward(layer, index, dy)

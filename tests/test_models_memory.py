@@ -35,6 +35,10 @@ SAVERS = {
     "offload": MemoryConfig(loss_tokens=5, recompute=ALL, mlp_tokens=7, offload_layers=2),
     "heads": MemoryConfig(recompute=ALL, mlp_tokens=5, head_groups=4, offload_layers=2),
     "pairs": MemoryConfig(recompute=ALL, head_groups=2, keep_attention=False),
+    "every other": MemoryConfig(recompute=ALL, mlp_tokens=7, keep_every=2, offload_layers=3),
+    "every third": MemoryConfig(
+        recompute=ALL, mlp_tokens=7, keep_every=3, head_groups=2, keep_attention=False
+    ),
     "mixers": MemoryConfig(recompute=["linear", "softmax"], head_groups=2),
 }
 
@@ -88,7 +92,7 @@ SPREAD: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("spread", SPREAD)
-@pytest.mark.parametrize("saver", ["layers", "offload", "heads", "pairs"])
+@pytest.mark.parametrize("saver", ["layers", "offload", "heads", "every other", "every third"])
 def test_on_two_ranks(saver: str, spread: str) -> None:
     compare(tiny("GDN"), SAVERS[saver], 2, **SPREAD[spread])
 
@@ -193,6 +197,7 @@ def build(rank: int, model: ModelConfig, setting: Setting) -> None:
             {},
             "memory.head_groups=3 must divide the heads of gla on a rank=4; nearest: 2, 4",
         ),
+        ({"recompute": ["linear", "mlp"], "keep_every": 2}, {}, "memory.keep_every=2 is of layers"),
         ({"recompute": ["mlp"]}, {"hidden_dropout": 0.1}, "not possible with hidden_dropout=0.1"),
         (
             {"recompute": ["mlp"]},
