@@ -199,7 +199,7 @@ class Count:
         if not m.num_experts:
             return common + 5 * m.ffn_hidden_size * e / tp
         shared = self.sizes.expert_tensor  # ranks that gather each other's tokens
-        row = m.hidden_size * shared + 6 * m.moe_ffn_hidden_size  # of a token for an expert
+        row = m.hidden_size * shared + 3 * m.moe_ffn_hidden_size  # of a token for an expert
         router = m.num_experts * 9 + m.moe_top_k * 32
         return common + (m.moe_top_k * row * e + router) / tp
 
