@@ -54,7 +54,8 @@ class Experts(MegatronModule):
     ) -> None:
         for field, built_in in _BUILT_IN.items():
             if (asked := getattr(config, field, built_in)) != built_in:
-                raise ValueError(f"{field}={asked} must be {built_in} with num_moe_experts")
+                names = [getattr(each, "__name__", each) for each in (asked, built_in)]
+                raise ValueError(f"{field}={names[0]} must be {names[1]} with num_moe_experts")
         super().__init__(config)
         self.ep, self.tp, self.dp = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
         linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
@@ -63,9 +64,9 @@ class Experts(MegatronModule):
         self.weight1 = _stacked([expert.linear_fc1.weight for expert in drawn], cut=0, matrices=2)
         self.weight2 = _stacked([expert.linear_fc2.weight for expert in drawn], cut=1, matrices=1)
 
-    def forward(self, x: Tensor, counts: Tensor, weights: Tensor) -> tuple[Tensor, None]:
-        """Megatron's call: x [rows, h] by expert, counts [experts], weights [rows] -> [rows, h]."""
-        hidden = gated_silu(grouped_linear(x, self.weight1, counts), weights)
+    def forward(self, x: Tensor, counts: Tensor, probs: Tensor) -> tuple[Tensor, None]:
+        """Megatron's call: x [rows, h] by expert, counts [experts], probs [rows] -> [rows, h]."""
+        hidden = gated_silu(grouped_linear(x, self.weight1, counts), probs)
         return grouped_linear(hidden, self.weight2, counts), None
 
     def sharded_state_dict(
