@@ -295,11 +295,11 @@ class Count:
         most = 0.0
         for mixer in set(self.mixers):
             size = self.tokens * self.mixer_bytes(mixer)
-            most = max(most, max(size, mlp) + (size if self.again(mixer) else 0))
-        # Gradients of all experts of a layer come at once; what is made again sums them in fp32
-        # first, and autograd copies what it is handed.
-        experts = parameters(self.config, self.sizes, self.rank).experts / max(1, len(self.mixers))
-        most += experts * (2 * self.element + 4 if self.mlp_again else self.element)
+            # Gradients of all experts come at once; what is made again sums them in fp32 first, and
+            # autograd copies what it is handed.
+            experts = layer_parameters(m, mixer, self.sizes).experts
+            experts *= 2 * self.element + 4 if self.mlp_again else self.element
+            most = max(most, max(size, mlp) + (size if self.again(mixer) else 0) + experts)
         found = {"a layer's backward pass": most + 3 * self.tokens * self.hidden}
         if self.last:
             rows = m.vocab_size / self.sizes.tensor

@@ -1,4 +1,4 @@
-"""Time of the convolution, the norms of heads and the gate of experts on one GPU, beside the memory's floor.
+"""Time of convolution, norms of heads and gate of experts on one GPU, beside the memory's floor.
 
     python -m tests.bench.elementwise
 
