@@ -132,6 +132,16 @@ class Count:
         return [mixer for stage in self.stages for mixer in stage]
 
     @property
+    def runs(self) -> list[tuple[list[str], bool]]:
+        """Of layers that keep one input: their mixers, and whether it is in the host's memory."""
+        memory = self.config.memory
+        return [
+            (stage[at : at + memory.keep_every], at < memory.offload_layers)
+            for stage in self.stages
+            for at in range(0, len(stage), memory.keep_every)
+        ]
+
+    @property
     def last(self) -> bool:
         return self.rank == self.sizes.pipeline - 1
 
@@ -227,7 +237,7 @@ class Count:
         if not m.num_experts:
             return common + 5 * m.ffn_hidden_size * e / tp
         shared = self.sizes.expert_tensor  # ranks that gather each other's tokens
-        row = m.hidden_size * shared + 6 * m.moe_ffn_hidden_size  # of a token for an expert
+        row = m.hidden_size * shared + 3 * m.moe_ffn_hidden_size  # of a token for an expert
         router = m.num_experts * 9 + m.moe_top_k * 32
         return common + (m.moe_top_k * row * e + router) / tp
 
@@ -249,31 +259,31 @@ class Count:
     def kept(self) -> tuple[Parts, float]:
         """Bytes that one micro-batch keeps on the GPU, by kind; and in the host's memory."""
         found: Parts = defaultdict(float)
-        away, twice = 0.0, 0.0  # in the host's memory; the most of one layer of it
-        tokens, memory = self.tokens, self.config.memory
-        places = (each for stage in self.stages for each in enumerate(stage))
-        for index, mixer in places:
-            linear, again = mixer != "softmax", self.again(mixer)
-            kind = "linear mixers" if linear else "softmax mixers"
+        away, twice = 0.0, 0.0  # in the host's memory; the most of one run of it
+        tokens = self.tokens
+        for mixers, leaves in self.runs:
             inputs: Parts = defaultdict(float)
-            if again:
-                inputs[kind] += tokens * self.hidden
-                if not linear and memory.keep_attention:
-                    inputs[kind] += tokens * self._attended_bytes
-            else:
-                found[kind] += tokens * self.mixer_bytes(mixer)
-                late = linear and mixer != "kda"
-                if late and self.sizes.context > 1 and self.sizes.tensor == 1:
-                    # projections are made in two products, each with its part of the weight
-                    weight = in_width(self.model, mixer) * self.model.hidden_size
-                    found[kind] += weight * self.element
-            if linear:
-                found[kind] += self.state_bytes * self.groups(mixer)
-            if not self.mlp_again:
-                found[self.mlp] += tokens * self.mlp_bytes
-            elif not again:
-                inputs[self.mlp] += tokens * self.hidden
-            if index < memory.offload_layers:
+            for index, mixer in enumerate(mixers):
+                linear, again = mixer != "softmax", self.again(mixer)
+                kind = "linear mixers" if linear else "softmax mixers"
+                if again:
+                    inputs[kind] += 0 if index else tokens * self.hidden
+                    if not linear and self.config.memory.keep_attention:
+                        inputs[kind] += tokens * self._attended_bytes
+                else:
+                    found[kind] += tokens * self.mixer_bytes(mixer)
+                    late = linear and mixer != "kda"
+                    if late and self.sizes.context > 1 and self.sizes.tensor == 1:
+                        # projections are made in two products, each with its part of the weight
+                        weight = in_width(self.model, mixer) * self.model.hidden_size
+                        found[kind] += weight * self.element
+                if linear:
+                    found[kind] += self.state_bytes * self.groups(mixer)
+                if not self.mlp_again:
+                    found[self.mlp] += tokens * self.mlp_bytes
+                elif not again:
+                    inputs[self.mlp] += tokens * self.hidden
+            if leaves:
                 away += sum(inputs.values())
                 twice = max(twice, sum(inputs.values()))
             else:
@@ -293,7 +303,8 @@ class Count:
         Gradients of activations are taken to be as large as the activations.
         """
         memory, m = self.config.memory, self.model
-        found = {"a layer's backward pass": max(map(self._layer_backward, set(self.mixers)))}
+        most = max(map(self._layer_backward, set(self.mixers)))
+        found = {"a layer's backward pass": most + max(map(self._restored, self.runs))}
         if self.last:
             rows = m.vocab_size / self.sizes.tensor
             chunk = min(memory.loss_tokens or self.tokens, self.tokens)
@@ -306,9 +317,21 @@ class Count:
         """That the final norm and the loss keep; the backward pass begins with them."""
         return self.tokens * (2 * self.hidden + 28)
 
+    def _restored(self, run: tuple[list[str], bool]) -> float:
+        """What layers that keep no input make of the run, before the last one's backward pass."""
+        mixers, _ = run
+        attended = 0.0
+        if not self.config.memory.keep_attention:
+            attended = mixers[:-1].count("softmax") * self._attended_bytes
+        return self.tokens * ((len(mixers) - 1) * self.hidden + attended)
+
     def _layer_backward(self, mixer: str) -> float:
         tokens, hidden = self.tokens, self.tokens * self.hidden
-        mlp = tokens / self.tiles * self.mlp_bytes * (2 if self.mlp_again else 1)
+        # Gradients of all experts come at once; what is made again sums them in fp32 first, and
+        # autograd copies what it is handed.
+        experts = layer_parameters(self.model, mixer, self.sizes).experts
+        experts *= 2 * self.element + 4 if self.mlp_again else self.element
+        mlp = tokens / self.tiles * self.mlp_bytes * (2 if self.mlp_again else 1) + experts
         heads = tokens * self.mixer_bytes(mixer) - 2 * hidden  # without the input and its norm
         if not self.again(mixer):
             return max(heads + 2 * hidden, mlp) + 3 * hidden

@@ -24,7 +24,7 @@ _MEASURED = {
     "unit": (0.13e-3, 0.449e-3),
 }
 _MEASURED_BANDWIDTH = 4.27e12
-_EXPERT = (0.85e-3, 2.55e-3)  # seconds of the host to launch one expert: forward, both ways
+_GROUPED = 0.75  # of the rate of large products, what grouped ones of experts are taken to reach
 _MOVED = (1.5, 4.0)  # how often norms, gates and activations move what a layer keeps: forward, both
 _OPTIMIZER = 40  # bytes that AdamW moves a parameter
 
@@ -85,11 +85,16 @@ def _microbatch(count: Count, cluster: Cluster) -> Parts:
     sizes, m, config = count.sizes, count.model, count.config
     found: Parts = defaultdict(float)
     moved = flops = attention = 0.0
-    halves_again, mlp_again = 0, count.mlp_again
-    for mixer in count.mixers:
-        groups = count.groups(mixer)
-        again = count.again(mixer) * (2 - 1 / groups)  # all but one group a third time
-        halves_again += (again > 0) + mlp_again
+    halves_again = layers_again = 0
+    places = (
+        (mixer, mixers[at + 1 :]) for mixers, _ in count.runs for at, mixer in enumerate(mixers)
+    )
+    for mixer, following in places:
+        groups, more = count.groups(mixer), bool(following)  # more: for the input of the next layer
+        again = count.again(mixer) * (more + 2 - 1 / groups)  # all but one group once more
+        mlp_again = count.mlp_again + more
+        halves_again += count.again(mixer) * (1 + more) + mlp_again
+        layers_again += mlp_again
         flops += count.mixer_flops(mixer) * (3 + again) + count.mlp_flops * (3 + mlp_again)
         moved += count.mixer_bytes(mixer) * (_MOVED[1] + _MOVED[0] * again)
         moved += count.mlp_bytes * (_MOVED[1] + _MOVED[0] * mlp_again)
@@ -103,15 +108,9 @@ def _microbatch(count: Count, cluster: Cluster) -> Parts:
             found["states across ranks"] += 2 * groups * choice.seconds[choice.name]
     if count.last:
         flops += 4 * count.loss_flops
-    found["matrix products"] = flops / cluster.matmul
+    experts = count.mlp_flops * (3 * len(count.mixers) + layers_again) if m.num_experts else 0.0
+    found["matrix products"] = (flops - experts + experts / _GROUPED) / cluster.matmul
     found["softmax attention"] = attention
-    launching = experts = 0.0
-    if m.num_experts:
-        experts = len(count.mixers) * count.mlp_flops * (3 + mlp_again)
-        own = m.num_experts / sizes.expert
-        forward, both = _EXPERT
-        launching = len(count.mixers) * own * count.tiles * (both + mlp_again * forward)
-    found["launching experts one by one"] = max(0.0, launching - experts / cluster.matmul)
     found["norms, gates, activations"] = moved * count.tokens / cluster.memory_bandwidth
     compute = _total(found)
     softmax = count.mixers.count("softmax")
@@ -127,7 +126,7 @@ def _microbatch(count: Count, cluster: Cluster) -> Parts:
         found["tensor parallelism"] = times * hidden / _rate(cluster, sizes.tensor, 1)
     if m.num_experts and sizes.expert > 1:
         tokens = count.tokens / sizes.tensor * m.moe_top_k * (sizes.expert - 1) / sizes.expert
-        times = len(count.mixers) * (4 + 2 * mlp_again)
+        times = 4 * len(count.mixers) + 2 * layers_again
         rate = _rate(cluster, sizes.expert, sizes.expert_tensor)
         found["tokens to experts"] = times * tokens * m.hidden_size * count.element / rate
     if away := count.kept()[1]:

@@ -44,7 +44,8 @@ def savers(config: Config) -> list[Change]:
     ]
     everything: Change = {"memory.recompute": list(RECOMPUTED)}
     ways = [
-        everything | own | group | kept
+        everything | own | group | kept | every
+        for every in (nothing, {"memory.keep_every": 2})
         for kept in (nothing, slow)
         for group in (nothing, *groups)
         for own in (nothing, *away)

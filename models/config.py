@@ -81,7 +81,7 @@ class MemoryConfig:
         loss_tokens: tokens of a sequence whose logits exist at a time; 0: all.
         recompute: which of RECOMPUTED are made again.
         mlp_tokens: tokens of a rank that an MLP, or its experts, that is made again works on at a
-            time; 0: all. Few make experts, which run one after the other, wait for the host.
+            time; 0: all.
         head_groups: groups of heads that a mixer that is made again works on one after the other,
             at most one for each head of keys that a tensor-parallel rank has. With several, all but
             one are run a third time.

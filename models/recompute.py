@@ -211,8 +211,8 @@ class Run:
 
     def _restore(self) -> None:
         """Every layer's input, and what it kept."""
-        (first, *rows) = self._stored.get()
-        [x] = first
+        first, *rows = self._stored.get()
+        x: Any = first[0]
         for layer in self._layers:
             layer.x = x
             layer.kept.rows, rows = rows[: layer.rows], rows[layer.rows :]

@@ -12,6 +12,7 @@ from megatron_setup import Rank, Setting, tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from seqpar.kernels import grouped
 from seqpar.launch.checks import ALONE, Sizes
 from seqpar.launch.config import Config
 from seqpar.launch.count import Count, parameters
@@ -169,27 +170,33 @@ def peak_bytes(rank: int, model: ModelConfig, setting: Setting) -> int:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "groups", "kept"),
+    ("pattern", "groups", "fields"),
     [
-        ("GDN", 0, False),
-        ("GDN", 1, False),
-        ("GDN", 4, False),
-        ("D", 2, False),
-        ("N", 4, False),
-        ("N", 4, True),
+        ("GDN", 0, {}),
+        ("GDN", 1, {}),
+        ("GDN", 4, {}),
+        ("D", 2, {}),
+        ("N", 4, {}),
+        ("N", 4, {"keep_attention": True}),
+        ("GNG", 4, {"keep_every": 2}),
+        ("GDN", 0, {"num_experts": 8}),
+        ("GDN", 1, {"num_experts": 8}),
     ],
+    ids=str,
 )
 def test_the_peak_of_a_step_is_not_above_what_is_counted(
-    pattern: str, groups: int, kept: bool, monkeypatch: pytest.MonkeyPatch
+    pattern: str, groups: int, fields: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """groups: of heads, where layers are made again; 0: they are not."""
     monkeypatch.setenv("SEQPAR_KERNELS", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    model = tiny(pattern, **{**SHAPE, "head_dim": 0, "kv_heads": 4})
+    monkeypatch.setattr(grouped, "at_once", lambda x, weight: True)  # as on a GPU
     again = ["linear", "softmax", "mlp"] if groups else []
-    memory = MemoryConfig(
-        recompute=again, mlp_tokens=64, keep_attention=kept, head_groups=max(1, groups)
-    )
+    saved = {"head_groups": max(1, groups), "keep_attention": False, **fields}
+    experts = saved.pop("num_experts", 0)
+    sizes = {"head_dim": 0, "kv_heads": 4, "num_experts": experts, "moe_ffn_hidden_size": 48}
+    model = tiny(pattern, **{**SHAPE, **sizes})
+    memory = MemoryConfig(recompute=again, mlp_tokens=64, **saved)  # type: ignore[arg-type]
     setting = Setting(documents=None, memory=memory, tokens=512)
     config = config_of(model, setting)
     count = Count(config, ALONE)
