@@ -1,16 +1,17 @@
 """Which tokens of the global stream a rank owns, in which order, and where documents begin."""
 
-import hashlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from operator import index
 
 import torch
 from torch import Tensor
 
 from seqpar.chain import Chain
+from seqpar.checks import digest
 
 KINDS = ("contiguous", "zigzag", "document_zigzag")
 
@@ -94,7 +95,7 @@ class Layout:
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
         self.kind = kind
-        self.cu_seqlens = None if cu_seqlens is None else _boundaries(cu_seqlens, total_tokens)
+        self.cu_seqlens = None if cu_seqlens is None else _boundaries(cu_seqlens, self.total_tokens)
         self.shard_sizes = self._shard_sizes(shard_sizes)
         self._segments: dict[int, list[list[Segment]]] = {}
         self._positions: dict[int, Tensor] = {}
@@ -133,8 +134,7 @@ class Layout:
     @cached_property
     def digest(self) -> str:
         """The same for two layouts only if they are the same."""
-        whole = repr((self.total_tokens, self.kind, self.documents, self.shard_sizes))
-        return hashlib.blake2b(whole.encode(), digest_size=8).hexdigest()
+        return digest(self.total_tokens, self.kind, self.documents, self.shard_sizes)
 
     @cached_property
     def chain(self) -> Chain:
@@ -239,12 +239,13 @@ class Layout:
                 f"shard_sizes has {len(sizes)} entries, one for each of world_size="
                 f"{self.world_size} ranks is needed"
             )
+        sizes = _whole("shard_sizes", sizes)
         if sum(sizes) != self.total_tokens or min(sizes) < 1:
             raise ValueError(
                 f"shard_sizes={list(sizes)} must be positive and add up to "
                 f"total_tokens={self.total_tokens}, not {sum(sizes)}"
             )
-        return tuple(int(size) for size in sizes)
+        return sizes
 
     def _check_rank(self, rank: int) -> None:
         if not 0 <= rank < self.world_size:
@@ -252,15 +253,28 @@ class Layout:
 
 
 def _positive(name: str, value: int) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number from 1; nearest: 1")
-    return value
+    [whole] = _whole(name, [value])
+    if whole < 1:
+        raise ValueError(f"{name}={whole} must be a whole number from 1; nearest: 1")
+    return whole
+
+
+def _whole(name: str, values: Iterable[int]) -> tuple[int, ...]:
+    """The values as integers, also of other libraries; what has a fraction is not cut off."""
+    found = []
+    for value in values:
+        try:
+            found.append(index(value))
+        except TypeError:
+            raise ValueError(f"{name} holds {value!r}, it must be a whole number") from None
+    return tuple(found)
 
 
 def _boundaries(cu_seqlens: Sequence[int] | Tensor, total_tokens: int) -> tuple[int, ...]:
-    values = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
+    given = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
+    values = _whole("cu_seqlens", given)
     if not values or values[0] != 0:
-        raise ValueError(f"cu_seqlens must start at 0, not {values[:1]}")
+        raise ValueError(f"cu_seqlens must start at 0, not {list(values[:1])}")
     if values[-1] != total_tokens:
         raise ValueError(
             f"cu_seqlens must end at total_tokens={total_tokens}, not {values[-1]}: it counts "
@@ -269,4 +283,4 @@ def _boundaries(cu_seqlens: Sequence[int] | Tensor, total_tokens: int) -> tuple[
     for i, (a, b) in enumerate(pairwise(values)):
         if b < a:
             raise ValueError(f"cu_seqlens[{i + 1}]={b} must not be below cu_seqlens[{i}]={a}")
-    return tuple(int(value) for value in values)
+    return values

@@ -13,6 +13,7 @@ from harness import run_ranks
 
 import seqpar
 from seqpar.agreement import ExchangeError
+from seqpar.cost import Links
 
 TOKENS, TIMEOUT = 48, 4.0
 
@@ -23,11 +24,13 @@ def call(rank: int, size: int, **changes: object) -> None:
     assert isinstance(layout, seqpar.Layout)
     dtype = changes.pop("dtype", torch.float32)
     width = changes.pop("width", 4)
-    exchange = changes.pop("exchange", "allgather")
-    sp = seqpar.SequenceParallel(_group(size), layout, str(exchange))
+    exchange, decay = changes.pop("exchange", "allgather"), changes.pop("decay", "scalar")
+    links = Links((0,) * size, latency=float(str(changes.pop("latency", 1e-5))))
+    sp = seqpar.SequenceParallel(_group(size), layout, str(exchange), links=links)
     q = torch.randn(1, layout.local_tokens(rank), 2, 4, dtype=dtype, requires_grad=True)  # type: ignore[call-overload]
     v = torch.randn(1, layout.local_tokens(rank), 2, width, dtype=dtype)  # type: ignore[call-overload]
-    seqpar.linear_attention(q, q, v, sp=sp).sum().backward()
+    log_decay = -torch.rand(q.shape if decay == "diagonal" else q.shape[:3])
+    seqpar.linear_attention(q, q, v, log_decay, sp=sp).sum().backward()
 
 
 def _group(size: int) -> dist.ProcessGroup:
@@ -54,8 +57,10 @@ def message(work: Callable[[], object]) -> tuple[str, float]:
         ({"layout": seqpar.Layout(TOKENS, 3, "zigzag")}, "zigzag"),
         ({"layout": seqpar.Layout(TOKENS, 3, cu_seqlens=[0, 20, TOKENS])}, "2 documents"),
         ({"exchange": "doubling"}, "exchange=doubling"),
+        ({"decay": "diagonal"}, "log_decay [1, T, 2, 4]"),
+        ({"latency": 1.0}, "links "),
     ],
-    ids=["shape", "dtype", "layout", "documents", "exchange"],
+    ids=["shape", "dtype", "layout", "documents", "exchange", "gate", "links"],
 )
 def test_a_rank_that_differs_is_named_on_every_rank(change: dict, difference: str) -> None:
     def work(rank: int) -> tuple[str, float]:
@@ -65,6 +70,16 @@ def test_a_rank_that_differs_is_named_on_every_rank(change: dict, difference: st
         assert difference in text, (rank, text)
         assert "rank 1" in text, (rank, text)
         assert seconds < TIMEOUT + 5
+
+
+def test_a_rank_outside_of_the_group_is_told_so() -> None:
+    def work(rank: int) -> str:
+        group = dist.new_group([0, 1])
+        if rank < 2:
+            return ""
+        return message(lambda: seqpar.SequenceParallel(group, seqpar.Layout(TOKENS, 2)))[0]
+
+    assert "group does not hold this rank" in run_ranks(work, 3)[2]
 
 
 def test_a_difference_in_a_later_step_is_found_too() -> None:
