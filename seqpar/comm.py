@@ -141,11 +141,11 @@ class Communicator:
     def reduce_scatter(self, x: Tensor, kind: str = "other") -> Pending:
         """Start summing `x` [size, ...] over ranks; rank r receives the sum of the x[r]."""
         x = x.contiguous()
-        moved = x[0].numel() * x.element_size() * (self.size - 1)
+        moved = x.shape[1:].numel() * x.element_size() * (self.size - 1)
         self.count(kind, moved, moved)
         if self.size == 1:
             return Pending(x[0], None)
-        out = x.new_empty(x[0].numel())
+        out = x.new_empty(x.shape[1:].numel())
         work = _reduce_scatter_flat(out, x.view(-1), group=self.group, async_op=True)
         return Pending(out.view(x.shape[1:]), lambda: self.wait([work], kind))
 
@@ -157,7 +157,7 @@ class Communicator:
         The result is [sum(receive_rows), ...], by source rank.
         """
         x = x.contiguous()
-        row = x[0].numel() * x.element_size() if len(x) else 0
+        row = x.shape[1:].numel() * x.element_size()
         out = x.new_empty(sum(receive_rows), *x.shape[1:])
         self.count(
             kind,

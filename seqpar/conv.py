@@ -70,8 +70,8 @@ def _plan(sp: SequenceParallel, reach: int, device: torch.device) -> _Plan:
 
     def halos(rank: int) -> list[tuple[int, int]]:
         """The up to `reach` tokens of its document before each range."""
-        firsts = [segments[0] for segments in layout.segments(rank)]
-        return [(max(s.start - reach, s.document), s.start) for s in firsts]
+        starts = [start for start, _ in layout.ranges(rank)]
+        return [(max(start - reach, layout.begin(start)), start) for start in starts]
 
     segments = layout.segments(rank)
     seen = routes = None

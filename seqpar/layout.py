@@ -4,7 +4,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from operator import index
 
 import torch
@@ -97,6 +97,7 @@ class Layout:
         self.kind = kind
         self.cu_seqlens = None if cu_seqlens is None else _boundaries(cu_seqlens, self.total_tokens)
         self.shard_sizes = self._shard_sizes(shard_sizes)
+        self._starts = tuple(accumulate(self.shard_sizes, initial=0))  # of contiguous shards
         self._segments: dict[int, list[list[Segment]]] = {}
         self._positions: dict[int, Tensor] = {}
 
@@ -110,7 +111,7 @@ class Layout:
     @cached_property
     def documents(self) -> tuple[int, ...]:
         """Boundaries of the documents that hold at least one token, 0 and total_tokens included."""
-        return tuple(sorted({0, self.total_tokens, *(self.cu_seqlens or ())}))
+        return tuple(dict.fromkeys(self.cu_seqlens or (0, self.total_tokens)))
 
     def ranges(self, rank: int) -> list[tuple[int, int]]:
         """The global token ranges [start, stop) of `rank`, in its local order."""
@@ -123,8 +124,7 @@ class Layout:
                 for size in [(stop - start) // (2 * self.world_size)]
                 for i in (rank, 2 * self.world_size - 1 - rank)
             ]
-        start = sum(self.shard_sizes[:rank])
-        return [(start, start + self.shard_sizes[rank])]
+        return [(self._starts[rank], self._starts[rank + 1])]
 
     def local_tokens(self, rank: int) -> int:
         """How many tokens `rank` holds."""
@@ -134,24 +134,28 @@ class Layout:
     @cached_property
     def digest(self) -> str:
         """The same for two layouts only if they are the same."""
-        return digest(self.total_tokens, self.kind, self.documents, self.shard_sizes)
+        # Python's hash of whole numbers is the same in every process
+        return digest(self.total_tokens, self.kind, hash(self.documents), hash(self.shard_sizes))
 
     @cached_property
     def chain(self) -> Chain:
         """Every range of every rank, in the order of the stream."""
-        ranges = [
-            (segments[0], segments[-1], rank, slot)
+        ranges = sorted(
+            (start, stop, rank, slot)
             for rank in range(self.world_size)
-            for slot, segments in enumerate(self.segments(rank))
-        ]
-        ranges.sort(key=lambda found: found[0].start)
-        return Chain(
-            tuple((rank, slot) for _, _, rank, slot in ranges),
-            tuple(first.continues for first, _, _, _ in ranges),
-            tuple(
-                first == last and first.continues and last.continued for first, last, _, _ in ranges
-            ),
+            for slot, (start, stop) in enumerate(self.ranges(rank))
         )
+        linked = [self.begin(start) < start for start, *_ in ranges]
+        through = [
+            enters and bisect_right(self.documents, start) == bisect_right(self.documents, stop)
+            for enters, (start, stop, *_) in zip(linked, ranges, strict=True)
+        ]
+        places = tuple((rank, slot) for _, _, rank, slot in ranges)
+        return Chain(places, tuple(linked), tuple(through))
+
+    def begin(self, token: int) -> int:
+        """The global index of the first token of a token's document."""
+        return self.documents[bisect_right(self.documents, token) - 1]
 
     def segments(self, rank: int) -> list[list[Segment]]:
         """The segments of `rank`: a list for each of its ranges, in local order."""

@@ -6,6 +6,7 @@ kernels), segments within a rank (here), ranks (the exchange).
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,12 +43,13 @@ def recurrence(
     with torch.cuda.device_of(q):  # where Triton launches; nothing on a CPU
         start = _Start.apply(call, q, k, v, *gates.values())
 
-    @uncompiled
-    def finish() -> Tensor:
-        with torch.cuda.device_of(q):
-            return _Finish.apply(call, start)
+    return partial(_finish, call, start)
 
-    return finish
+
+@uncompiled
+def _finish(call: "_Call", start: Tensor) -> Tensor:
+    with torch.cuda.device_of(start):
+        return _Finish.apply(call, start)
 
 
 class _Call:
@@ -179,7 +181,7 @@ def _scan(
             passing[run.target] = transition.total(A, run.summaries)
     empty = A.shape[:1] + A.shape[2:]
     whole_A = _together([A.new_zeros(empty) if x is None else x for x in passing], 0)
-    A_bytes, B_bytes = (x[0].numel() * x.element_size() for x in (whole_A, whole_B))
+    A_bytes, B_bytes = (x.shape[1:].numel() * x.element_size() for x in (whole_A, whole_B))
     batch, heads, key, value = whole_B.shape[1:]
     work = 2 * batch * heads * CHUNK * (key + value)  # scores and their product with v
     choice = sp.choice(A_bytes, B_bytes, work)

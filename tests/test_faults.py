@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from harness import run_ranks
 
 import seqpar
-from seqpar.agreement import ExchangeError
+from seqpar.agreement import ExchangeError, agreement_of
 from seqpar.cost import Links
 
 TOKENS, TIMEOUT = 48, 4.0
@@ -112,6 +113,31 @@ def test_a_rank_that_dies_in_the_exchange_ends_the_others(exchange: str) -> None
         assert "rank 1 gave no answer" in text
         assert "linear_attention(q [1, T, 2, 4]" in text
         assert seconds < TIMEOUT + 5
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["a known call", "a new call"])
+def test_a_store_that_died_with_its_rank_hides_nothing(known: bool) -> None:
+    """Without torchrun the first rank keeps it, and every question to it fails."""
+
+    def lost(*_: object) -> None:
+        raise dist.DistNetworkError("Broken pipe")
+
+    def work(rank: int) -> str:
+        sp = seqpar.SequenceParallel(_group(2), seqpar.Layout(TOKENS, 2), "allgather")
+        q = torch.randn(1, TOKENS // 2, 2, 4)
+        seqpar.linear_attention(q, q, q, sp=sp)
+        if rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        assert sp.comm.group is not None
+        methods = dict.fromkeys(("set", "get", "check", "compare_set"), lost)
+        agreement_of(sp.comm.group)._store = SimpleNamespace(**methods)  # type: ignore[assignment]
+        v = q if known else q[..., :3]
+        return message(lambda: [seqpar.linear_attention(q, q, v, sp=sp) for _ in range(99)])[0]
+
+    [text] = run_ranks(work, 2, survivors=[1])
+    assert "ExchangeError: the exchange of rank 1" in text
+    assert "linear_attention(q [1, T, 2, 4]" in text
+    assert "keeps the process group's store has died" in text
 
 
 def test_a_rank_that_stalls_ends_the_others_within_the_timeout() -> None:
