@@ -12,6 +12,7 @@ from torch import Tensor
 
 from seqpar.chain import Chain
 from seqpar.checks import digest
+from seqpar.kernels.once import Once
 
 KINDS = ("contiguous", "zigzag", "document_zigzag")
 
@@ -62,7 +63,7 @@ class Segment:
         return slice(self.offset, self.offset + self.stop - self.start)
 
 
-class Layout:
+class Layout(Once):
     """How a stream of tokens is cut over ranks.
 
     contiguous: rank r holds the r-th piece of the stream (equal pieces, or `shard_sizes`).
@@ -90,6 +91,7 @@ class Layout:
         cu_seqlens: Sequence[int] | Tensor | None = None,
         shard_sizes: Sequence[int] | None = None,
     ) -> None:
+        super().__init__()
         self.total_tokens = _positive("total_tokens", total_tokens)
         self.world_size = _positive("world_size", world_size)
         if kind not in KINDS:
@@ -98,8 +100,6 @@ class Layout:
         self.cu_seqlens = None if cu_seqlens is None else _boundaries(cu_seqlens, self.total_tokens)
         self.shard_sizes = self._shard_sizes(shard_sizes)
         self._starts = tuple(accumulate(self.shard_sizes, initial=0))  # of contiguous shards
-        self._segments: dict[int, list[list[Segment]]] = {}
-        self._positions: dict[int, Tensor] = {}
 
     def __repr__(self) -> str:
         documents = len(self.documents) - 1
@@ -159,9 +159,7 @@ class Layout:
 
     def segments(self, rank: int) -> list[list[Segment]]:
         """The segments of `rank`: a list for each of its ranges, in local order."""
-        if rank not in self._segments:
-            self._segments[rank] = self.cut(self.ranges(rank))
-        return self._segments[rank]
+        return self.once(("segments", rank), lambda: self.cut(self.ranges(rank)))
 
     def cut(self, ranges: Sequence[tuple[int, int]]) -> list[list[Segment]]:
         """Any global ranges, held one after the other, cut where documents begin."""
@@ -173,14 +171,16 @@ class Layout:
 
     def positions(self, rank: int) -> Tensor:
         """The position of each local token within its document, int64 [local_tokens]."""
-        if rank not in self._positions:
+
+        def make() -> Tensor:
             runs = [
                 torch.arange(segment.start - segment.document, segment.stop - segment.document)
                 for segments in self.segments(rank)
                 for segment in segments
             ]
-            self._positions[rank] = torch.cat(runs)
-        return self._positions[rank]
+            return torch.cat(runs)
+
+        return self.once(("positions", rank), make)
 
     def shard(self, x: Tensor, rank: int, dim: int = 1) -> Tensor:
         """The part of `rank` of a global tensor: tokens along `dim`, in the rank's order."""

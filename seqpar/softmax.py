@@ -8,7 +8,7 @@ from seqpar.checks import check_qkv, scale_of, uncompiled
 from seqpar.context import SequenceParallel, alone
 from seqpar.cost import choose_softmax
 from seqpar.fetch import Ranges, Routes, fetch
-from seqpar.layout import Layout
+from seqpar.layout import Layout, Segment
 from seqpar.sources import Gather, Ring
 from seqpar.ulysses import ulysses
 
@@ -57,8 +57,13 @@ def softmax_attention(
         return ulysses(q, k, v, causal, scale, sp)
     layout = sp.layout
     source = Ring(sp) if method == "ring" else Gather(sp)
-    held = _traded(layout) if causal and method == "allgather" else layout.ranges
-    segments = [s for found in layout.cut(held(sp.rank)) for s in found]
+    trades = causal and method == "allgather"
+    held = _traded(layout) if trades else layout.ranges
+
+    def cut() -> list[Segment]:
+        return [segment for found in layout.cut(held(sp.rank)) for segment in found]
+
+    segments = sp.once(("segments", trades), cut)
     whole = len(layout.documents) == 2
     if held == layout.ranges:
         return attend(q, k, v, segments, causal, scale, source, whole)
