@@ -1,5 +1,6 @@
 """Norms of heads, each one kernel forward and one backward: Triton, launched, or plain PyTorch."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,28 +16,47 @@ WIDEST = 1024
 """Channels of a head that the Triton kernels hold in registers."""
 
 
-def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · weight · SiLU(gate), the mean over the last dimension.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
+
+
+def gated_rms_norm(
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    eps: float = 1e-5,
+    *,
+    activation: str = "silu",
+    gate_first: bool = False,
+) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight · activation(gate), the mean over the last dimension.
 
     Args:
         x, gate: [..., heads, dim]; slices of packed projections are read where they lie.
         weight: [dim], for all heads.
         eps: added to the mean square.
+        activation: of the gate, one of ACTIVATIONS.
+        gate_first: whether it is x · activation(gate) that is normalised, as in Mamba-2.
 
     Returns:
         x's shape and dtype. Triton kernels reckon in fp32 inside.
 
     Raises:
-        ValueError: shapes that do not fit each other.
+        ValueError: shapes that do not fit each other, an unknown activation.
     """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} must be one of {', '.join(ACTIVATIONS)}")
     if gate.shape != x.shape:
         raise ValueError(f"gate is {list(gate.shape)}, it must have x's shape {list(x.shape)}")
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight is {list(weight.shape)}, it must be [dim={x.shape[-1]}]")
     if not uses_triton("gated_rms_norm", x, _unfit(x)):
-        return (F.rms_norm(x, x.shape[-1:], weight, eps) * F.silu(gate)).to(x.dtype)
+        opened = ACTIVATIONS[activation](gate)
+        if gate_first:
+            return F.rms_norm(x * opened, x.shape[-1:], weight, eps).to(x.dtype)
+        return (F.rms_norm(x, x.shape[-1:], weight, eps) * opened).to(x.dtype)
     with torch.cuda.device_of(x):
-        return _GatedNorm.apply(_heads(x), _heads(gate), weight, eps).view(x.shape)
+        kind = activation == "silu", gate_first
+        return _GatedNorm.apply(_heads(x), _heads(gate), weight, eps, kind).view(x.shape)
 
 
 def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -58,22 +78,25 @@ def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 class _GatedNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, eps: float, kind: tuple[bool, bool]
+    ) -> Tensor:
         from seqpar.kernels.launch import Launch, alike  # triton only where it is used
         from seqpar.kernels.norm_kernels import gated_norm_kernel
 
         x, gate, weight = dense(x), dense(gate), weight.contiguous()
         ctx.save_for_backward(x, gate, weight)
-        ctx.eps = eps
+        ctx.eps, ctx.kind = eps, kind
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
         def make() -> Launch:
             tiles, constants = _cut(x)
+            constants |= _kind(*kind)
             strides, units = _strides(X_UNIT=x, G_UNIT=gate)
             numbers = [x.shape[1], eps, *strides]
             return Launch(gated_norm_kernel, tiles, numbers, **units, FAST=x.is_cuda, **constants)
 
-        alike("norm", eps, x, gate, weight).once("forward", make)(x, gate, weight, y)
+        alike("norm", eps, kind, x, gate, weight).once("forward", make)(x, gate, weight, y)
         return y
 
     @staticmethod
@@ -98,12 +121,13 @@ class _GatedNorm(torch.autograd.Function):
                 numbers,
                 **units,
                 FAST=x.is_cuda,
+                **_kind(*ctx.kind),
                 **constants,
             )
 
-        launch = alike("norm", ctx.eps, x, gate, weight, dy).once("backward", make)
+        launch = alike("norm", ctx.eps, ctx.kind, x, gate, weight, dy).once("backward", make)
         launch(x, gate, weight, dy, dx, d_gate, sums)
-        return dx, d_gate, sums.sum(0).to(weight.dtype), None
+        return dx, d_gate, sums.sum(0).to(weight.dtype), None, None
 
 
 class _Unit(torch.autograd.Function):
@@ -150,6 +174,11 @@ def _strides(**tensors: Tensor) -> tuple[list[int], dict[str, int]]:
     found = {name: in_units(x) for name, x in tensors.items()}
     strides = [stride for each, _ in found.values() for stride in each]
     return strides, {name: unit for name, (_, unit) in found.items()}
+
+
+def _kind(silu: bool, gate_first: bool) -> dict[str, bool]:
+    """Constants of the kernels of the gated norm."""
+    return {"SILU": silu, "GATE_FIRST": gate_first}
 
 
 def _unfit(x: Tensor) -> str | None:

@@ -53,16 +53,27 @@ def gated_norm_kernel(
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     FAST: tl.constexpr,
+    SILU: tl.constexpr,
+    GATE_FIRST: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """y = x / sqrt(mean(x²) + eps) · weight · SiLU(gate)."""
+    """y = norm(x) · weight · open(gate), or norm(x · open(gate)) · weight if GATE_FIRST.
+
+    norm(x) = x / sqrt(mean(x²) + eps); open is SiLU or the sigmoid.
+    """
     batch, token, head, cols, inside = _rows(tl.program_id(0), tokens, HEADS, DIM, ROWS, COLS)
     x_tile = _load(x, batch, token, head, cols, inside, xb, xt, xh, X_UNIT)
     g_tile = _load(gate, batch, token, head, cols, inside, gb, gt, gh, G_UNIT)
     scale = tl.load(weight + cols, mask=cols < DIM, other=0.0).to(tl.float32)
+    half = sigmoid(g_tile, FAST)
+    open = g_tile * half if SILU else half
+    if GATE_FIRST:
+        x_tile *= open
     length = tl.rsqrt(tl.sum(x_tile * x_tile, 1) * (1.0 / DIM) + eps)
-    value = x_tile * length[:, None] * scale * (g_tile * sigmoid(g_tile, FAST))
+    value = x_tile * length[:, None] * scale
+    if not GATE_FIRST:
+        value *= open
     _store(y, value, batch, token, head, cols, inside, tokens, HEADS, DIM)
 
 
@@ -93,6 +104,8 @@ def gated_norm_backward_kernel(
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     FAST: tl.constexpr,
+    SILU: tl.constexpr,
+    GATE_FIRST: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
@@ -107,17 +120,25 @@ def gated_norm_backward_kernel(
         g_tile = _load(gate, batch, token, head, cols, inside, gb, gt, gh, G_UNIT)
         d_tile = _load(dy, batch, token, head, cols, inside, yb, yt, yh, Y_UNIT)
         scale = tl.load(weight + cols, mask=cols < DIM, other=0.0).to(tl.float32)
-        length = tl.rsqrt(tl.sum(x_tile * x_tile, 1) * (1.0 / DIM) + eps)[:, None]
-        unit = x_tile * length
         half = sigmoid(g_tile, FAST)
-        open = d_tile * (g_tile * half)
-        total += open * unit
-        d_half = d_tile * unit * scale * half * (1.0 + g_tile * (1.0 - half))
-        _store(d_gate, d_half, batch, token, head, cols, inside, tokens, HEADS, DIM)
-        d_unit = open * scale
+        open = g_tile * half if SILU else half
+        normed = x_tile * open if GATE_FIRST else x_tile
+        length = tl.rsqrt(tl.sum(normed * normed, 1) * (1.0 / DIM) + eps)[:, None]
+        unit = normed * length
+        d_open = d_tile * unit * scale
+        if not GATE_FIRST:
+            d_tile *= open
+        total += d_tile * unit
+        d_unit = d_tile * scale
         along = tl.sum(d_unit * unit, 1)[:, None] * (1.0 / DIM)
-        d_tile = (d_unit - unit * along) * length
-        _store(dx, d_tile, batch, token, head, cols, inside, tokens, HEADS, DIM)
+        d_normed = (d_unit - unit * along) * length
+        if GATE_FIRST:
+            d_open = d_normed * x_tile
+            d_normed *= open
+        slope = half * (1.0 - half)
+        d_gated = d_open * (half + g_tile * slope if SILU else slope)
+        _store(d_gate, d_gated, batch, token, head, cols, inside, tokens, HEADS, DIM)
+        _store(dx, d_normed, batch, token, head, cols, inside, tokens, HEADS, DIM)
     cols = tl.arange(0, COLS)
     tl.store(sums + tl.program_id(0) * DIM + cols, tl.sum(total, 0), mask=cols < DIM)
 

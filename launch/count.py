@@ -13,7 +13,14 @@ from functools import cached_property
 from seqpar.cost import GATHERED_HEAD_BYTES
 from seqpar.launch.checks import ALONE, Sizes
 from seqpar.launch.config import Config
-from seqpar.launch.flops import in_width, mixer_weights, mlp_weights
+from seqpar.launch.flops import (
+    CONVOLVED,
+    in_width,
+    low_rank,
+    mixer_weights,
+    mlp_weights,
+    qkv_width,
+)
 from seqpar.models.config import ModelConfig, layer_mixers, resolved
 from seqpar.sources import ROOM
 
@@ -46,15 +53,22 @@ def layer_parameters(m: ModelConfig, mixer: str, sizes: Sizes = ALONE) -> Parame
     """Of one layer of the resolved model `m`, as far as one rank holds them."""
     hidden, heads, key, value = m.hidden_size, m.num_heads, m.head_dim, m.value_head_dim
     tp = sizes.tensor
-    out = hidden * (heads * m.softmax_head_dim if mixer == "softmax" else heads * value)
-    cut = hidden * in_width(m, mixer) + out
+    out = m.softmax_head_dim if mixer == "softmax" else value
+    cut = hidden * (in_width(m, mixer) + heads * out)
     whole = 2 * hidden  # the norms
-    if mixer == "gla":
-        cut += (m.gate_rank + 1) * heads * key
-        whole += hidden * m.gate_rank + value
-    if mixer == "gated_deltanet":
-        cut += heads * ((2 * key + value) * m.conv_width + 2)
-        whole += value
+    low, up = low_rank(m, mixer)
+    cut += m.gate_rank * up
+    whole += hidden * low
+    if mixer != "softmax":
+        whole += value * (heads // m.key_heads if mixer == "mamba2" else 1)  # the norm of heads
+    if mixer in CONVOLVED:
+        cut += qkv_width(m, mixer) * (m.conv_width + (mixer == "mamba2"))
+    cut += heads * {
+        "gla": key,
+        "gated_deltanet": 2,
+        "kda": value + 1 + key,
+        "mamba2": 3,
+    }.get(mixer, 0)
     if not m.num_experts:
         return Parameters((cut + 3 * hidden * m.ffn_hidden_size) / tp + whole)
     ranks = sizes.expert * sizes.expert_tensor
@@ -184,12 +198,22 @@ class Count:
             traded = query if self.sizes.context > 1 else 0  # on their way to other ranks and back
             return common + (projected + 2 * query + kv + traded + 4 * heads) / tp
         outputs = 2 * heads * value * e + 4 * heads  # of the recurrence and of its norm
-        if mixer == "gla":
-            gates = 4 * heads * key  # fp32
-            return common + (projected + outputs + gates + m.gate_rank * e) / tp
-        convolved = heads * (2 * key + value) * e + 2 * heads * (key * e + 4)
-        gates = 5 * 4 * heads
-        return common + (projected + outputs + convolved + gates) / tp
+        low, _ = low_rank(m, mixer)
+        kept = projected + outputs + low * e
+        if mixer in CONVOLVED:
+            kept += qkv_width(m, mixer) * e
+            if m.key_heads < heads:  # values head by head, and what gates them
+                kept += (1 + (mixer == "gated_deltanet")) * heads * value * e
+        if mixer in ("gated_deltanet", "kda"):
+            kept += 2 * m.key_heads * (key * e + 4)  # of unit length
+        kept += {
+            "gla": 4 * heads * key,
+            "gated_deltanet": 2 * 4 * heads,
+            "kda": 4 * heads * (key + 1) + heads * value * e,
+            "mamba2": 2 * 4 * heads + heads * value * e,
+            "retention": 2 * heads * key * e,
+        }[mixer]
+        return common + kept / tp
 
     @property
     def mlp_bytes(self) -> float:
@@ -234,7 +258,8 @@ class Count:
                     inputs[kind] += tokens * self._attention_bytes()
             else:
                 found[kind] += tokens * self.mixer_bytes(mixer)
-                if linear and self.sizes.context > 1 and self.sizes.tensor == 1:
+                late = linear and mixer != "kda"
+                if late and self.sizes.context > 1 and self.sizes.tensor == 1:
                     # projections are made in two products, each with its part of the weight
                     weight = in_width(self.model, mixer) * self.model.hidden_size
                     found[kind] += weight * self.element

@@ -8,6 +8,7 @@ from seqpar.launch.checks import Sizes
 from seqpar.launch.cluster import Cluster
 from seqpar.launch.config import Config
 from seqpar.launch.count import Count, Parts, parameters
+from seqpar.launch.flops import CONVOLVED, qkv_width
 from seqpar.layout import Layout
 
 # Seconds on an H200, (forward, both ways), of 64K tokens and 16 heads of 128 (docs/performance.md):
@@ -15,6 +16,9 @@ from seqpar.layout import Layout
 _MEASURED = {
     "gla": (0.934e-3, 4.05e-3),
     "gated_deltanet": (1.59e-3, 5.79e-3),
+    "kda": (2.01e-3, 7.32e-3),
+    "mamba2": (0.443e-3, 1.77e-3),
+    "retention": (0.428e-3, 1.41e-3),
     "convolution": (0.46e-3, 1.25e-3),
     "norm": (0.187e-3, 0.535e-3),
     "unit": (0.13e-3, 0.449e-3),
@@ -44,7 +48,7 @@ def state_exchange(
     """How the states of one linear layer cross ranks, and the bytes that a rank sends at most."""
     m = Count(config, sizes).model
     heads = m.num_heads // sizes.tensor
-    a = {"gla": m.head_dim, "gated_deltanet": m.head_dim**2}[mixer]
+    a = {"gla": m.head_dim, "mamba2": 1, "retention": 1}.get(mixer, m.head_dim**2)
     b = m.head_dim * m.value_head_dim
     wanted, layout = config.parallel.exchange, config.parallel.layout
     a_bytes, b_bytes = 4 * heads * a, 4 * heads * b
@@ -158,8 +162,10 @@ def _recurrence(count: Count, cluster: Cluster, mixer: str, again: bool) -> floa
     m = count.model
     key, value = m.head_dim, m.value_head_dim
     widths = {mixer: (key + value) / 256, "norm": value / 128}
-    if mixer == "gated_deltanet":
-        widths |= {"convolution": (2 * key + value) / 384, "unit": 2 * key / 128}
+    if mixer in CONVOLVED:
+        widths["convolution"] = qkv_width(m, mixer) / m.num_heads / 384
+    if mixer in ("gated_deltanet", "kda"):
+        widths["unit"] = 2 * key * m.key_heads / m.num_heads / 128
     size = count.tokens / 65536 * m.num_heads / count.sizes.tensor / 16
     size *= _MEASURED_BANDWIDTH / cluster.memory_bandwidth
     times = ((_MEASURED[name], width) for name, width in widths.items())

@@ -58,21 +58,41 @@ def _forward(m: ModelConfig) -> tuple[float, float]:
     return token + 2 * m.hidden_size * m.vocab_size, 4 * query_width * mixers.count("softmax")
 
 
+# Numbers a head that a mixer's first projection gives beside queries, keys, values and the gate.
+_GATES = {"gated_deltanet": 2, "kda": 1, "mamba2": 1}
+CONVOLVED = ("gated_deltanet", "kda", "mamba2")
+"""Mixers with short convolutions of queries, keys and values, and perhaps fewer heads of keys."""
+
+
+def qkv_width(m: ModelConfig, mixer: str) -> int:
+    """Numbers of a token's queries, keys and values in a linear mixer."""
+    keys = m.key_heads if mixer in CONVOLVED else m.num_heads
+    return 2 * keys * m.head_dim + m.num_heads * m.value_head_dim
+
+
 def in_width(m: ModelConfig, mixer: str) -> int:
     """Numbers that a mixer's first projection gives a token."""
     if mixer == "softmax":
         return (m.num_heads + 2 * m.kv_heads) * m.softmax_head_dim
-    gates = 2 if mixer == "gated_deltanet" else 0
-    return m.num_heads * (2 * m.head_dim + 2 * m.value_head_dim + gates)
+    gate = 0 if mixer == "kda" else m.value_head_dim
+    return qkv_width(m, mixer) + m.num_heads * (gate + _GATES.get(mixer, 0))
+
+
+def low_rank(m: ModelConfig, mixer: str) -> tuple[int, int]:
+    """Numbers that a mixer's gates are projected to first, and from there."""
+    if mixer == "gla":
+        return m.gate_rank, m.num_heads * m.head_dim
+    if mixer == "kda":  # of the decay and of the output's gate
+        return 2 * m.gate_rank, m.num_heads * (m.head_dim + m.value_head_dim)
+    return 0, 0
 
 
 def mixer_weights(m: ModelConfig, mixer: str) -> int:
     """Of a mixer's projections, each of which takes two operations a token."""
     out = m.softmax_head_dim if mixer == "softmax" else m.value_head_dim
-    weights = m.hidden_size * (in_width(m, mixer) + m.num_heads * out)
-    if mixer == "gla":
-        weights += m.gate_rank * (m.hidden_size + m.num_heads * m.head_dim)
-    return weights
+    low, up = low_rank(m, mixer)
+    weights = m.hidden_size * (in_width(m, mixer) + m.num_heads * out + low)
+    return weights + m.gate_rank * up
 
 
 def mlp_weights(m: ModelConfig) -> int:
@@ -84,5 +104,5 @@ def mlp_weights(m: ModelConfig) -> int:
 
 def state_flops(m: ModelConfig, mixer: str) -> int:
     """Of a linear recurrence, a token: its state is read (by the delta rule twice) and written."""
-    passes = {"gla": 4, "gated_deltanet": 6}.get(mixer, 0)
+    passes = {"softmax": 0, "gated_deltanet": 6, "kda": 6}.get(mixer, 4)
     return passes * m.num_heads * m.head_dim * m.value_head_dim

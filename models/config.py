@@ -4,7 +4,14 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-MIXERS = {"G": "gla", "D": "gated_deltanet", "N": "softmax"}
+MIXERS = {
+    "G": "gla",
+    "D": "gated_deltanet",
+    "K": "kda",
+    "M": "mamba2",
+    "R": "retention",
+    "N": "softmax",
+}
 """What a pattern letter stands for; besides these, L is `linear_mixer`."""
 
 
@@ -13,18 +20,23 @@ class ModelConfig:
     """A decoder-only language model: in each layer a mixer (by the pattern) and an MLP or MoE.
 
     Attributes:
-        pattern: one letter a layer, spaces allowed ("LLLN LLLN"): L the `linear_mixer`, G gated
-            linear attention, D Gated DeltaNet, N softmax attention.
-        linear_mixer: what L means, "gla" or "gated_deltanet".
+        pattern: one letter a layer, spaces allowed ("LLLN LLLN"): L the `linear_mixer`, N softmax
+            attention, G gated linear attention, D Gated DeltaNet, K Kimi Delta Attention,
+            M Mamba-2, R retention.
+        linear_mixer: what L means: "gla", "gated_deltanet", "kda", "mamba2" or "retention".
         hidden_size, vocab_size: width of the hidden states, number of tokens.
         num_heads: heads of every mixer.
+        key_heads: heads of queries and keys in Gated DeltaNet, KDA and Mamba-2, each shared by
+            several of values; 0: num_heads.
         head_dim: query and key dimension of a linear head; 0: half of value_head_dim.
         value_head_dim: value dimension of a linear head; 0: hidden_size / num_heads.
         kv_heads: key and value heads of a softmax layer; 0: num_heads.
         softmax_head_dim: dimension of a softmax head; 0: hidden_size / num_heads.
-        rope_base, rope_fraction: rotary embedding in softmax layers, over that part of each head.
-        gate_rank: rank of gated linear attention's decay projection.
-        conv_width: taps of Gated DeltaNet's short convolutions.
+        rope_base, rope_fraction: rotary embedding in softmax layers, over that part of each head;
+            retention turns all of it.
+        gate_rank: rank of the decay's projection in gated linear attention, and in KDA of the
+            output gate's as well.
+        conv_width: taps of the short convolutions of Gated DeltaNet, KDA and Mamba-2.
         ffn_hidden_size: width of the SwiGLU MLP; 0: 8/3 hidden_size, rounded up to 64s.
         num_experts: experts of the mixture that is the MLP of every layer; 0: one dense MLP.
         moe_top_k: experts each token goes to.
@@ -39,6 +51,7 @@ class ModelConfig:
     hidden_size: int = 256
     vocab_size: int = 256
     num_heads: int = 4
+    key_heads: int = 0
     head_dim: int = 0
     value_head_dim: int = 0
     kv_heads: int = 0
@@ -104,7 +117,7 @@ def check_memory(memory: MemoryConfig) -> None:
 
 
 def layer_mixers(model: ModelConfig) -> list[str]:
-    """The mixer of each layer, in order: "gla", "gated_deltanet" or "softmax".
+    """The mixer of each layer, in order, by the names of MIXERS.
 
     Raises:
         ValueError: an unknown letter or linear mixer, or no letter at all.
@@ -145,6 +158,7 @@ def resolved(model: ModelConfig) -> ModelConfig:
     ffn = model.ffn_hidden_size or _round_up(model.hidden_size * 8 // 3, 64)
     found = dataclasses.replace(
         model,
+        key_heads=model.key_heads or model.num_heads,
         head_dim=model.head_dim or max(1, value_dim // 2),
         value_head_dim=value_dim,
         kv_heads=model.kv_heads or model.num_heads,
@@ -157,7 +171,13 @@ def resolved(model: ModelConfig) -> ModelConfig:
 
 
 def _check(model: ModelConfig) -> None:
-    check_divides("model.kv_heads", model.kv_heads, "model.num_heads", model.num_heads)
+    for name in ("kv_heads", "key_heads"):
+        check_divides(f"model.{name}", getattr(model, name), "model.num_heads", model.num_heads)
+    if "retention" in layer_mixers(model) and model.head_dim % 2:
+        raise ValueError(
+            f"model.head_dim={model.head_dim} must be even, rotary positions of retention turn "
+            f"pairs; nearest: {model.head_dim - 1}, {model.head_dim + 1}"
+        )
     if not 0 <= model.rope_fraction <= 1:
         nearest = min(max(model.rope_fraction, 0), 1)
         raise ValueError(
@@ -207,6 +227,7 @@ def check_sizes(
     ):
         check_at_least(name, size, 1)
     check_divides("tensor_parallel", tensor_parallel, "model.num_heads", model.num_heads)
+    check_divides("tensor_parallel", tensor_parallel, "model.key_heads", model.key_heads)
     if tensor_parallel % model.kv_heads:  # otherwise several ranks share one
         check_divides("tensor_parallel", tensor_parallel, "model.kv_heads", model.kv_heads)
     check_divides("tensor_parallel", tensor_parallel, "model.vocab_size", model.vocab_size)

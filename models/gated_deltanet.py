@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -13,7 +12,8 @@ from seqpar import causal_conv1d
 from seqpar.attention import start_delta_attention
 from seqpar.kernels.norm import unit
 from seqpar.kernels.pieces import Late
-from seqpar.models.mixer import SequenceMixer
+from seqpar.models.decay import first_rates, first_steps, log_decay
+from seqpar.models.mixer import SequenceMixer, heads_of_keys
 from seqpar.models.norm import GatedHeadNorm
 from seqpar.models.sequence import SequenceParallelParams
 
@@ -28,8 +28,12 @@ class GatedDeltaNet(SequenceMixer):
     Args:
         config, layer_number, pg_collection: given by Megatron's layer.
         num_heads, head_dim, value_head_dim: of the whole layer; head_dim is a key's.
+        key_heads: heads of q and k, each shared by as many of v; 0: num_heads.
         conv_width: taps of the convolutions.
         layout: see SequenceMixer.
+
+    Raises:
+        ValueError: key_heads that do not divide num_heads.
     """
 
     # Rotary embedding belongs to the softmax layers of a hybrid; the decay orders tokens here.
@@ -43,47 +47,48 @@ class GatedDeltaNet(SequenceMixer):
         num_heads: int,
         head_dim: int,
         value_head_dim: int,
+        key_heads: int = 0,
         conv_width: int = 4,
         layout: str | None = None,
         pg_collection: ProcessGroupCollection,
         **_: Any,
     ) -> None:
-        qkv_widths = [head_dim, head_dim, value_head_dim]
-        widths = [sum(qkv_widths), 1, 1]
+        groups, each = heads_of_keys(num_heads, key_heads)
+        value = each * value_head_dim
+        widths = [head_dim, head_dim, value]
         super().__init__(
             config,
-            heads=num_heads,
-            in_width=sum(widths) + value_head_dim,
-            out_width=value_head_dim,
-            late_width=value_head_dim,
+            heads=groups,
+            in_width=sum(widths) + 2 * each + value,
+            out_width=value,
+            late_width=value,
             layout=layout,
             pg_collection=pg_collection,
         )
-        self.widths, self.qkv_widths = widths, qkv_widths
-        taps = torch.empty(num_heads, sum(qkv_widths), conv_width)
+        self.widths, self.each = widths, each
+        taps = torch.empty(groups, sum(widths), conv_width)
         self.conv_weight = self.head_parameter(taps.uniform_(-1, 1) / math.sqrt(conv_width))
-        # As Mamba-2 draws them: decay rates in [1, 16), steps log-uniform in [0.001, 0.1].
-        self.A_log = self.head_parameter(torch.empty(num_heads).uniform_(1, 16).log())
-        step = torch.empty(num_heads).uniform_(math.log(0.001), math.log(0.1)).exp()
-        self.dt_bias = self.head_parameter(step + (-(-step).expm1()).log())  # softplus gives step
+        self.A_log = self.head_parameter(first_rates(num_heads))
+        self.dt_bias = self.head_parameter(first_steps(num_heads))
         self.norm = GatedHeadNorm(config, value_head_dim, self.tp_group)
 
     def mix(
         self, x: Tensor, late: Late, hidden_states: Tensor, params: SequenceParallelParams
     ) -> Tensor:
         """See SequenceMixer; the output's gate is late."""
-        qkv, beta, a = x.split(self.widths, -1)
+        qkv, beta, a = x.split([sum(self.widths), self.each, self.each], -1)
         taps = self.conv_weight.flatten(0, 1)
         qkv = causal_conv1d(qkv, taps, activation="silu", sp=params.sp)
-        q, k, v = qkv.split(self.qkv_widths, -1)
-        step = F.softplus(a.squeeze(-1).float() + self.dt_bias.float())
+        q, k, v = qkv.split(self.widths, -1)
+        opposite = -self.dt_bias.float() - a.flatten(2)  # softplus(y) = -logsigmoid(-y)
         finish = start_delta_attention(
             unit(q),
             unit(k),
-            v,
-            beta.squeeze(-1).float().sigmoid(),
-            -self.A_log.float().exp() * step,
+            v.unflatten(3, (self.each, -1)).flatten(2, 3),
+            beta.flatten(2).float().sigmoid(),
+            log_decay(opposite, self.A_log.float().exp()),
             sp=params.sp,
         )
         gate = late()
-        return self.norm(finish(), gate)
+        o = self.norm(finish(), gate.unflatten(3, (self.each, -1)).flatten(2, 3))
+        return o.unflatten(2, (self.heads, -1)).flatten(3)

@@ -3,14 +3,13 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from seqpar.attention import start_linear_attention
 from seqpar.kernels.pieces import Late
+from seqpar.models.decay import log_decay
 from seqpar.models.mixer import SequenceMixer
 from seqpar.models.norm import GatedHeadNorm
 from seqpar.models.sequence import SequenceParallelParams
@@ -59,13 +58,7 @@ class GatedLinearAttention(SequenceMixer):
             pg_collection=pg_collection,
         )
         self.widths = widths
-        # Too narrow to cut: whole on each tensor-parallel rank.
-        self.decay_down = torch.nn.Linear(
-            config.hidden_size, gate_rank, bias=False, dtype=config.params_dtype
-        )
-        config.init_method(self.decay_down.weight)
-        weight: Any = self.decay_down.weight
-        weight.sequence_parallel = config.sequence_parallel
+        self.decay_down = self.whole_linear(gate_rank)
         self.decay_up = self.column_linear(gate_rank, num_heads * head_dim, bias=True)
         self.norm = GatedHeadNorm(config, value_head_dim, self.tp_group)
 
@@ -76,26 +69,7 @@ class GatedLinearAttention(SequenceMixer):
         q, k, v = x.split(self.widths, -1)
         logits, _ = self.decay_up(self.decay_down(hidden_states))
         logits = logits.transpose(0, 1).unflatten(-1, (self.heads, -1))
-        log_decay = _LogDecay.apply(logits)
-        finish = start_linear_attention(q, k, v, log_decay, sp=params.sp)
+        decay = log_decay(logits, logits.new_full((), 1 / DECAY_TEMPERATURE, dtype=torch.float32))
+        finish = start_linear_attention(q, k, v, decay, sp=params.sp)
         gate = late()
         return self.norm(finish(), gate)
-
-
-class _LogDecay(torch.autograd.Function):
-    """The logarithm of a channel's decay, in fp32, of which only the result is kept, which the
-    recurrence keeps in any case: the derivative of y = logsigmoid(x) is 1 - exp(y)."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor) -> Tensor:
-        log_decay = F.logsigmoid(logits.float()) / DECAY_TEMPERATURE
-        ctx.save_for_backward(log_decay)
-        ctx.dtype = logits.dtype
-        return log_decay
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_log_decay: Tensor) -> Tensor:
-        [log_decay] = ctx.saved_tensors
-        decayed = (log_decay * DECAY_TEMPERATURE).expm1_()
-        return decayed.mul_(d_log_decay).div_(-DECAY_TEMPERATURE).to(ctx.dtype)

@@ -195,6 +195,14 @@ class SequenceMixer(MegatronModule, ABC):
             tp_group=self.tp_group,
         )
 
+    def whole_linear(self, out_size: int) -> torch.nn.Linear:
+        """A linear layer of the hidden states, too narrow to cut: whole on each rank."""
+        size, dtype = self.config.hidden_size, self.config.params_dtype
+        linear = torch.nn.Linear(size, out_size, bias=False, dtype=dtype)
+        self.config.init_method(linear.weight)
+        vars(linear.weight)["sequence_parallel"] = self.config.sequence_parallel
+        return linear
+
     def head_parameter(self, full: Tensor) -> torch.nn.Parameter:
         """This tensor-parallel rank's part of a parameter [heads, ...].
 
@@ -213,6 +221,16 @@ class SequenceMixer(MegatronModule, ABC):
                     f"{name} is given, {type(self).__name__} cannot use it: it attends causally "
                     "within the documents of its layout, in training; pass None"
                 )
+
+
+def heads_of_keys(num_heads: int, key_heads: int) -> tuple[int, int]:
+    """Heads of queries and keys (0: as many as of values), and the heads of values that share each.
+
+    Raises:
+        ValueError: if they do not divide, with the nearest that do.
+    """
+    check_divides("key_heads", key_heads or num_heads, "num_heads", num_heads)
+    return key_heads or num_heads, num_heads // (key_heads or num_heads)
 
 
 class _Linear(ColumnParallelLinear):

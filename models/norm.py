@@ -35,14 +35,23 @@ class RMSNorm(torch.nn.Module):
 
 
 class GatedHeadNorm(RMSNorm):
-    """RMS norm of each head's output times SiLU of its gate; all heads share one weight.
+    """RMS norm of each head's output, with a gate: see `gated_rms_norm`; one weight for all heads.
 
     A tensor-parallel rank holds some of the heads, so its gradient of the weight is a part of the
     sum. Megatron adds the parts up with sequence parallelism on; otherwise it is done here.
     """
 
-    def __init__(self, config: TransformerConfig, head_dim: int, tp_group: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        head_dim: int,
+        tp_group: Any,
+        *,
+        activation: str = "silu",
+        gate_first: bool = False,
+    ) -> None:
         super().__init__(config, head_dim, config.layernorm_epsilon)
+        self.kind: dict[str, Any] = {"activation": activation, "gate_first": gate_first}
         self.tp_group = None if config.sequence_parallel else tp_group
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
@@ -50,4 +59,4 @@ class GatedHeadNorm(RMSNorm):
         weight = self.weight
         if self.tp_group is not None:
             weight = copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
-        return gated_rms_norm(x, gate, weight, self.eps)
+        return gated_rms_norm(x, gate, weight, self.eps, **self.kind)

@@ -18,14 +18,23 @@ from seqpar.models.config import MemoryConfig, ModelConfig, layer_mixers, resolv
 from seqpar.models.core_attention import CoreAttention
 from seqpar.models.gated_deltanet import GatedDeltaNet
 from seqpar.models.gla import GatedLinearAttention
+from seqpar.models.kda import KimiDeltaAttention
+from seqpar.models.mamba2 import Mamba2
 from seqpar.models.mixer import SequenceMixer
 from seqpar.models.moe import moe_spec
 from seqpar.models.norm import RMSNorm
 from seqpar.models.offload import Offloader
 from seqpar.models.recompute import SavingLayer
+from seqpar.models.retention import Retention
 from seqpar.models.softmax import SoftmaxAttention
 
-LINEAR_MIXERS = {"gla": GatedLinearAttention, "gated_deltanet": GatedDeltaNet}
+LINEAR_MIXERS: dict[str, type[SequenceMixer]] = {
+    "gla": GatedLinearAttention,
+    "gated_deltanet": GatedDeltaNet,
+    "kda": KimiDeltaAttention,
+    "mamba2": Mamba2,
+    "retention": Retention,
+}
 
 
 def linear_attention_spec(
@@ -40,12 +49,13 @@ def linear_attention_spec(
     """A linear mixer for the `self_attention` slot of a Megatron layer spec.
 
     Args:
-        name: "gla" or "gated_deltanet".
+        name: "gla", "gated_deltanet", "kda", "mamba2" or "retention".
         num_heads, head_dim, value_head_dim: its heads, their key and value dimensions.
         layout: "contiguous" or "zigzag", how the caller cuts the sequence over context-parallel
             ranks; not needed where SequenceParallelParams are passed. Megatron cuts it zigzag, and
             packed documents (PackedSeqParams) one by one.
-        **options: gate_rank (gla), conv_width (gated_deltanet).
+        **options: gate_rank (gla, kda), key_heads and conv_width (gated_deltanet, kda, mamba2),
+            rope_base (retention).
 
     Raises:
         ValueError: an unknown name.
@@ -200,15 +210,18 @@ def hybrid_layer_spec(
         "head_dim": model.head_dim,
         "value_head_dim": model.value_head_dim,
     }
-    specs = {
-        "gla": linear_attention_spec("gla", gate_rank=model.gate_rank, **sizes),
-        "gated_deltanet": linear_attention_spec(
-            "gated_deltanet", conv_width=model.conv_width, **sizes
-        ),
-        "softmax": softmax_attention_spec(
-            rope_base=model.rope_base, rope_fraction=model.rope_fraction, method=softmax_method
-        ),
+    keys = {"key_heads": model.key_heads, "conv_width": model.conv_width}
+    options: dict[str, dict[str, Any]] = {
+        "gla": {"gate_rank": model.gate_rank},
+        "gated_deltanet": keys,
+        "kda": {"gate_rank": model.gate_rank, **keys},
+        "mamba2": keys,
+        "retention": {"rope_base": model.rope_base},
     }
+    specs = {name: linear_attention_spec(name, **sizes, **options[name]) for name in LINEAR_MIXERS}
+    specs["softmax"] = softmax_attention_spec(
+        rope_base=model.rope_base, rope_fraction=model.rope_fraction, method=softmax_method
+    )
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     mixers = layer_mixers(model)
     return ModuleSpec(

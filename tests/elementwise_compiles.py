@@ -50,8 +50,10 @@ if __name__ == "__main__":
             ptx = compile_for(kernel, capability, options, 1)
             assert "ex2.approx.ftz" in ptx
             assert "ld.global.v2.b32" in ptx, "loads are not as wide as a thread's channels"
-    for kernel in (norm_kernels.gated_norm_kernel, norm_kernels.gated_norm_backward_kernel):
-        assert "ex2.approx.ftz" in compile_for(kernel, 90, NORM, 4)
+    for silu, first in product((True, False), repeat=2):
+        options = NORM | {"SILU": silu, "GATE_FIRST": first}
+        for kernel in (norm_kernels.gated_norm_kernel, norm_kernels.gated_norm_backward_kernel):
+            assert "ex2.approx.ftz" in compile_for(kernel, 90, options, 4)
     for kernel in (norm_kernels.unit_kernel, norm_kernels.unit_backward_kernel):
         assert "ld.global.v4.b32" in compile_for(kernel, 90, NORM, 4)
     print("compiled")

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from seqpar.launch.checks import ALONE, Sizes
 from seqpar.launch.config import Config
 from seqpar.launch.count import Count, parameters
-from seqpar.models.config import MemoryConfig, ModelConfig
+from seqpar.models.config import MIXERS, MemoryConfig, ModelConfig
 from seqpar.models.language_model import forward_step
 
 
@@ -46,13 +46,19 @@ SPREAD: dict[str, tuple[int, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("spread", SPREAD)
 @pytest.mark.parametrize(
-    "fields", [{}, {"tie_embeddings": True, "num_experts": 0, "gate_rank": 3}], ids=["moe", "dense"]
+    "fields",
+    [
+        {},
+        {"tie_embeddings": True, "num_experts": 0, "gate_rank": 3},
+        {"pattern": "KMR", "num_heads": 8, "key_heads": 4},
+    ],
+    ids=["moe", "dense", "others"],
 )
 def test_parameters_are_those_of_the_model(spread: str, fields: dict[str, Any]) -> None:
     ranks, words = SPREAD[spread]
     if "num_experts" in fields:
         words = {name: size for name, size in words.items() if not name.startswith("expert")}
-    model, setting = tiny("GDN", **fields), Setting(**words)
+    model, setting = tiny(**fields), Setting(**words)
     sizes = Sizes(
         setting.context, setting.tensor, setting.pipeline, setting.expert, 1, setting.expert_tensor
     )
@@ -82,23 +88,28 @@ def kept_bytes(rank: int, model: ModelConfig, setting: Setting) -> int:
 SHAPE = {"hidden_size": 64, "head_dim": 0, "ffn_hidden_size": 160, "num_experts": 0}
 
 
-@pytest.mark.parametrize(("pattern", "experts"), [("G", 0), ("D", 0), ("N", 0), ("GDN", 8)])
+KEPT: list[tuple[str, dict[str, int]]] = [(letter, {}) for letter in MIXERS]
+KEPT += [(letter, {"key_heads": 2}) for letter in "DKM"]
+KEPT += [("GDN", {"num_experts": 8, "moe_ffn_hidden_size": 48})]
+
+
+@pytest.mark.parametrize(("pattern", "fields"), KEPT, ids=str)
 @pytest.mark.parametrize("cut", ["alone", "cp2", "tp2"])
 def test_activations_are_what_the_model_keeps(
-    pattern: str, experts: int, cut: str, monkeypatch: pytest.MonkeyPatch
+    pattern: str, fields: dict[str, int], cut: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the Triton kernels, interpreted, and so in fp32; on GPUs the same tensors are kept."""
     monkeypatch.setenv("SEQPAR_KERNELS", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    model = tiny(pattern, **{**SHAPE, "num_experts": experts, "moe_ffn_hidden_size": 48})
+    model = tiny(pattern, **{**SHAPE, **fields})
     words: dict[str, Any] = {"cp2": {"context": 2}, "tp2": {"tensor": 2}}.get(cut, {})
     if cut == "tp2":
         words["config"] = {"sequence_parallel": True}
     setting = Setting(documents=None, **words)
     sizes = Sizes(setting.context, setting.tensor, 1, 1, 1)
     counted = Count(config_of(model, setting), sizes)
-    wanted = sum(counted.kept()[0].values()) - pattern.count("G") * counted.state_bytes
-    wanted -= pattern.count("D") * counted.state_bytes
+    states = (len(pattern) - pattern.count("N")) * counted.state_bytes
+    wanted = sum(counted.kept()[0].values()) - states
     # on a CPU PyTorch keeps x twice for its RMS norm
     wanted += (2 * len(pattern) + 1) * counted.tokens * counted.hidden
     found = run_ranks(kept_bytes, setting.context * setting.tensor, model, setting)

@@ -5,6 +5,7 @@ place of fp32.
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -173,7 +174,9 @@ def test_norms(dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.M
         "weight": randn(shape[-1], seed=2).to(dtype),
     }
     dy = randn(*shape, seed=3).to(dtype)
-    check(gated_rms_norm, given, dy, monkeypatch)
+    kinds: tuple[dict[str, Any], ...] = {}, {"activation": "sigmoid"}, {"gate_first": True}
+    for kind in kinds:
+        check(partial(gated_rms_norm, **kind), given, dy, monkeypatch)
     check(unit, {"x": given["x"]}, dy, monkeypatch)
 
 

@@ -205,7 +205,7 @@ def mixers(rank: int, size: int) -> None:
     from seqpar.models.sequence import SequenceParallelParams
 
     wide = {"hidden_size": 256, "num_heads": 4, "head_dim": 64, "kv_heads": 2, "num_experts": 0}
-    state = Rank(tiny("GDN", **wide), Setting(context=size))
+    state = Rank(tiny("GDKMRN", **wide), Setting(context=size))
     layout = Layout(TOKENS, size)
     torch.manual_seed(3)
     x, dy = (rand(TOKENS, 1, 256) for _ in range(2))

@@ -1,5 +1,6 @@
 """A model that reads a sequence part by part gives what it gives for the whole at once."""
 
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -24,7 +25,7 @@ MODEL = ModelConfig(
 )
 
 
-def build(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def build(pattern: str = MODEL.pattern) -> torch.nn.Module:
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -37,8 +38,9 @@ def build(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     torch.manual_seed(3)
     tensor_parallel.model_parallel_cuda_manual_seed(3)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    config = transformer_config(MODEL, init_method_std=0.2)
-    [model] = build_language_model(MODEL, config, groups, softmax_method="ring")
+    shape = replace(MODEL, pattern=pattern)
+    config = transformer_config(shape, init_method_std=0.2)
+    [model] = build_language_model(shape, config, groups, softmax_method="ring")
     return model.eval()
 
 
@@ -55,12 +57,13 @@ def at_once(model: torch.nn.Module, tokens: Tensor) -> Tensor:
     return logits[0]
 
 
+@pytest.mark.parametrize("pattern", [MODEL.pattern, "KMRN"])
 @pytest.mark.parametrize("parts", [[200], [1] * 12, [130, 1, 1, 68], [2, 1, 97, 64, 1]])
-def test_parts_give_the_logits_of_the_whole(parts: list[int]) -> None:
+def test_parts_give_the_logits_of_the_whole(parts: list[int], pattern: str) -> None:
     def work(rank: int) -> tuple[Tensor, Tensor]:
         from seqpar.launch.generate import Reader
 
-        model = build()
+        model = build(pattern)
         tokens = torch.randint(61, (sum(parts),), generator=torch.Generator().manual_seed(1))
         reader = Reader(model)
         return torch.cat([reader.read(x) for x in tokens.split(parts)]), at_once(model, tokens)

@@ -18,7 +18,7 @@ from seqpar.launch.optimizer_state import load_state, sharded_state
 # Megatron starts a manager process to hand over results; saving within this process needs none.
 filesystem_async._results_queue = queue.SimpleQueue()
 
-MODEL = tiny("GDNG")
+MODEL = tiny("GMKN", key_heads=2)
 SEQUENCE_PARALLEL = {"sequence_parallel": True}
 WAYS = {
     "one": Setting(microbatches=4),

@@ -70,11 +70,12 @@ def test_expert_parallel_over_data_parallel_ranks() -> None:
     check(tiny("GN"), Setting(expert=2), ranks=2, data=2)
 
 
-def test_tensor_context_and_expert_parallel_together() -> None:
+@pytest.mark.parametrize("pattern", ["GDN", "KMR"])
+def test_tensor_context_and_expert_parallel_together(pattern: str) -> None:
     setting = Setting(
         tensor=2, context=2, expert=2, layout="zigzag", config=MEGATRON_SEQUENCE_PARALLEL
     )
-    check(tiny("GDN"), setting, ranks=4)
+    check(tiny(pattern), setting, ranks=4)
 
 
 @pytest.mark.parametrize("tied", [False, True])

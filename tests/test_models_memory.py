@@ -78,7 +78,7 @@ SPREAD: dict[str, dict[str, Any]] = {
     "expert tensor": {"context": 2, "expert_tensor": 2},
     "pipeline": {"pipeline": 2, "stages": (1, 2), "microbatches": 3},
     "turns": {"pipeline": 2, "stages": (1, 1, 1, 0), "microbatches": 2, "context": 1},
-    "data": {"expert": 2, "distributed": True},
+    "data": {"expert": 2, "distributed": True, "overlap": True, "microbatches": 2},
 }
 
 
@@ -98,7 +98,7 @@ def test_a_rank_with_few_tokens_has_as_many_tiles_as_the_others() -> None:
     compare(tiny("GN"), memory, 2, context=2, expert=2, shards=(4, 44))
 
 
-@pytest.mark.parametrize("pattern", ["G", "D"])
+@pytest.mark.parametrize("pattern", ["G", "D", "K", "M", "R"])
 def test_states_and_halos_are_not_exchanged_again(pattern: str) -> None:
     found, kept = compare(tiny(pattern, num_experts=0), SAVERS["layers"], 2, context=2)
     assert found == {**kept, "loss": found["loss"]}

@@ -54,61 +54,120 @@ def check(spec: ModuleSpec, direct: Callable[[Any, Tensor], Tensor]) -> None:
         assert_close(f"gradient of {name}", a, b, 1e-4)
 
 
-def projected(module: Any, x: Tensor, *widths: int) -> tuple[Tensor, ...]:
-    heads = F.linear(x, module.in_proj.weight).unflatten(-1, (HEADS, -1))
-    return heads.split(widths, -1)
+def projected(module: Any, x: Tensor, heads: int, *widths: int) -> tuple[Tensor, ...]:
+    return F.linear(x, module.in_proj.weight).unflatten(-1, (heads, -1)).split(widths, -1)
+
+
+def normalised(module: Any, o: Tensor) -> Tensor:
+    square = o.square().mean(-1, keepdim=True)
+    return o * (square + module.config.layernorm_epsilon).rsqrt() * module.norm.weight
 
 
 def finish(module: Any, o: Tensor, gate: Tensor) -> Tensor:
-    square = o.square().mean(-1, keepdim=True)
-    o = o * (square + module.config.layernorm_epsilon).rsqrt() * module.norm.weight
-    return F.linear((o * F.silu(gate)).flatten(2), module.out_proj.weight)
+    """Each head's norm, times its gate, projected."""
+    gated = normalised(module, o) * gate.reshape(o.shape)
+    return F.linear(gated.flatten(2), module.out_proj.weight)
 
 
 def direct_gla(module: Any, x: Tensor) -> Tensor:
-    q, k, v, gate = projected(module, x, KEY, KEY, VALUE, VALUE)
+    q, k, v, gate = projected(module, x, HEADS, KEY, KEY, VALUE, VALUE)
     low = F.linear(x, module.decay_down.weight)
     logits = F.linear(low, module.decay_up.weight, module.decay_up.bias)
     log_decay = torch.log(torch.sigmoid(logits.unflatten(-1, (HEADS, KEY)))) / 16
-    return finish(module, reference.linear_attention(q, k, v, log_decay)[0], gate)
+    return finish(module, reference.linear_attention(q, k, v, log_decay)[0], F.silu(gate))
+
+
+def convolved(module: Any, keys: int, *parts: Tensor) -> list[Tensor]:
+    """Each channel's short convolution and SiLU; the last part by heads of values."""
+    found = []
+    widths = [x.shape[-1] for x in parts]
+    bias = getattr(module, "conv_bias", torch.zeros(keys * sum(widths))).view(keys, -1)
+    weights = zip(module.conv_weight.split(widths, 1), bias.split(widths, 1), strict=True)
+    for channels, (taps, shift) in zip(parts, weights, strict=True):
+        padded = F.pad(channels.flatten(2).mT, (3, 0))
+        y = F.conv1d(padded, taps.flatten(0, 1)[:, None], shift.flatten(), groups=padded.shape[1])
+        found.append(F.silu(y).mT.unflatten(-1, (keys, -1)))
+    found[-1] = found[-1].reshape(*found[-1].shape[:2], HEADS, VALUE)
+    return found
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
 
 
 def direct_gated_deltanet(module: Any, x: Tensor) -> Tensor:
-    q, k, v, b, a, gate = projected(module, x, KEY, KEY, VALUE, 1, 1, VALUE)
-    weight = module.conv_weight.split([KEY, KEY, VALUE], 1)
+    keys = len(module.conv_weight)
+    each = HEADS // keys
+    widths = (KEY, KEY, each * VALUE, each, each, each * VALUE)
+    *qkv, b, a, gate = projected(module, x, keys, *widths)
+    q, k, v = convolved(module, keys, *qkv)
+    log_decay = -module.A_log.exp() * F.softplus(a.flatten(2) + module.dt_bias)
+    beta = torch.sigmoid(b.flatten(2))
+    o, _ = reference.delta_attention(unit(q), unit(k), v, beta, log_decay)
+    return finish(module, o, F.silu(gate))
 
-    def convolved(channels: Tensor, taps: Tensor) -> Tensor:
-        channels, taps = channels.flatten(2).mT, taps.flatten(0, 1)[:, None]
-        y = F.conv1d(F.pad(channels, (3, 0)), taps, groups=channels.shape[1])
-        return F.silu(y).mT.unflatten(-1, (HEADS, -1))
 
-    q, k, v = (convolved(*pair) for pair in zip((q, k, v), weight, strict=True))
-    q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
-    log_decay = -module.A_log.exp() * F.softplus(a.squeeze(-1) + module.dt_bias)
-    o, _ = reference.delta_attention(q, k, v, torch.sigmoid(b.squeeze(-1)), log_decay)
-    return finish(module, o, gate)
+def direct_kda(module: Any, x: Tensor) -> Tensor:
+    keys = len(module.conv_weight)
+    each = HEADS // keys
+    *qkv, b = projected(module, x, keys, KEY, KEY, each * VALUE, each)
+    q, k, v = convolved(module, keys, *qkv)
+    low_decay, low_gate = F.linear(x, module.gate_down.weight).chunk(2, -1)
+    steps = F.linear(low_decay, module.decay_up.weight).unflatten(-1, (HEADS, KEY))
+    log_decay = -module.A_log.exp()[:, None] * F.softplus(steps + module.dt_bias.view(HEADS, KEY))
+    beta = torch.sigmoid(b.flatten(2))
+    o, _ = reference.delta_attention(unit(q), unit(k), v, beta, log_decay)
+    gate = F.linear(low_gate, module.gate_up.weight, module.gate_up.bias)
+    return finish(module, o, torch.sigmoid(gate))
+
+
+def direct_mamba2(module: Any, x: Tensor) -> Tensor:
+    """The recurrence of the state-space model as its paper writes it."""
+    groups = len(module.conv_weight)
+    each = HEADS // groups
+    widths = (KEY, KEY, each * VALUE, each, each * VALUE)
+    *cbx, dt, z = projected(module, x, groups, *widths)
+    c, b, x = convolved(module, groups, *cbx)
+    c, b = (y.repeat_interleave(each, 2) for y in (c, b))
+    step = F.softplus(dt.flatten(2) + module.dt_bias)
+    kept = torch.exp(-module.A_log.exp() * step)
+    state, found = torch.zeros(len(x), HEADS, KEY, VALUE), []
+    for t in range(TOKENS):
+        new = (step[:, t, :, None] * b[:, t])[..., None] * x[:, t, :, None]
+        state = kept[:, t, :, None, None] * state + new
+        found.append((c[:, t, :, None] @ state).squeeze(2) + module.D[:, None] * x[:, t])
+    o = torch.stack(found, 1).unflatten(2, (groups, each)).flatten(3)
+    return F.linear(normalised(module, o * F.silu(z)).flatten(2), module.out_proj.weight)
+
+
+def turned(x: Tensor, base: float, dim: int) -> Tensor:
+    """The first `dim` channels of x [b, t, heads, ...], turned by the tokens' positions."""
+    angle = torch.arange(x.shape[1])[:, None] * base ** (-torch.arange(0, dim, 2) / dim)
+    first, second, rest = x.split([dim // 2, dim // 2, x.shape[-1] - dim], -1)
+    pairs = torch.complex(first, second) * torch.polar(torch.ones_like(angle), angle)[:, None]
+    return torch.cat([pairs.real, pairs.imag, rest], -1)
+
+
+def direct_retention(module: Any, x: Tensor) -> Tensor:
+    """In its parallel form: scores decay with distance."""
+    q, k, v, gate = projected(module, x, HEADS, KEY, KEY, VALUE, VALUE)
+    q, k = (turned(y, 50.0, KEY) for y in (q, k))
+    distance = torch.arange(TOKENS)[:, None] - torch.arange(TOKENS)
+    kept = torch.tensor([31 / 32, 63 / 64, 127 / 128, 255 / 256])[:, None, None] ** distance.clip(0)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * kept.tril() * KEY**-0.5
+    return finish(module, torch.einsum("bhqk,bkhd->bqhd", scores, v), F.silu(gate))
 
 
 def direct_softmax(module: Any, x: Tensor) -> Tensor:
     group, dim = 2, 8
-    q, k, v = projected_groups(module, x, group * dim, dim, dim)
+    q, k, v = projected(module, x, 2, group * dim, dim, dim)
     q = q.unflatten(-1, (group, dim)).flatten(2, 3)
     k, v = (y.repeat_interleave(group, 2) for y in (k, v))
-    angle = torch.arange(TOKENS)[:, None] * 100.0 ** (-torch.arange(0, 4, 2) / 4)
-    turn = torch.polar(torch.ones(TOKENS, 2), angle)[:, None]  # half of each head turns
-
-    def turned(y: Tensor) -> Tensor:
-        pairs = torch.complex(y[..., :2], y[..., 2:4]) * turn
-        return torch.cat([pairs.real, pairs.imag, y[..., 4:]], -1)
-
-    scores = torch.einsum("bqhd,bkhd->bhqk", turned(q), turned(k)) * dim**-0.5
+    q, k = (turned(y, 100.0, 4) for y in (q, k))  # half of each head
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * dim**-0.5
     scores = scores.masked_fill(torch.ones(TOKENS, TOKENS).triu(1).bool(), -torch.inf)
     o = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
     return F.linear(o.flatten(2), module.out_proj.weight)
-
-
-def projected_groups(module: Any, x: Tensor, *widths: int) -> tuple[Tensor, ...]:
-    return F.linear(x, module.in_proj.weight).unflatten(-1, (2, -1)).split(widths, -1)
 
 
 @pytest.mark.parametrize(
@@ -116,9 +175,15 @@ def projected_groups(module: Any, x: Tensor, *widths: int) -> tuple[Tensor, ...]
     [
         (linear_attention_spec("gla", **SIZES, gate_rank=4), direct_gla),
         (linear_attention_spec("gated_deltanet", **SIZES), direct_gated_deltanet),
+        (linear_attention_spec("gated_deltanet", **SIZES, key_heads=2), direct_gated_deltanet),
+        (linear_attention_spec("kda", **SIZES, gate_rank=4), direct_kda),
+        (linear_attention_spec("kda", **SIZES, gate_rank=4, key_heads=2), direct_kda),
+        (linear_attention_spec("mamba2", **SIZES), direct_mamba2),
+        (linear_attention_spec("mamba2", **SIZES, key_heads=2), direct_mamba2),
+        (linear_attention_spec("retention", **SIZES, rope_base=50.0), direct_retention),
         (softmax_attention_spec(rope_base=100.0, rope_fraction=0.5), direct_softmax),
     ],
-    ids=["gla", "gated_deltanet", "softmax"],
+    ids=str.split("gla gdn gdn-shared kda kda-shared mamba2 mamba2-shared retention softmax"),
 )
 def test_mixer_is_its_definition(spec: ModuleSpec, direct: Callable[[Any, Tensor], Tensor]) -> None:
     run_ranks(lambda rank: check(spec, direct), 1)

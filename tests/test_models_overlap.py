@@ -14,12 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import seqpar
 from seqpar.exchange import EXCHANGES
 from seqpar.models.sequence import SequenceParallelParams
-from seqpar.models.specs import linear_attention_spec
+from seqpar.models.specs import LINEAR_MIXERS, linear_attention_spec
 
 HIDDEN, HEADS, KEY, VALUE, TOKENS, BATCH = 24, 4, 4, 8, 20, 2
 SPECS = {
     name: linear_attention_spec(name, num_heads=HEADS, head_dim=KEY, value_head_dim=VALUE)
-    for name in ("gla", "gated_deltanet")
+    for name in LINEAR_MIXERS
+    if name != "kda"  # its gate has projections of its own
 }
 
 

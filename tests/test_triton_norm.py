@@ -1,6 +1,7 @@
 """The Triton norms of heads under the interpreter, fp32, against plain PyTorch in fp64."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -17,9 +18,12 @@ def _forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEQPAR_KERNELS", "triton")
 
 
-def norm_formula(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
-    mean = x.square().mean(-1, keepdim=True)
-    return x / (mean + 1e-3).sqrt() * weight * gate * gate.sigmoid()
+def norm_formula(
+    x: Tensor, gate: Tensor, weight: Tensor, activation: str = "silu", gate_first: bool = False
+) -> Tensor:
+    opened = gate.sigmoid() * (gate if activation == "silu" else 1)
+    x, after = (x * opened, 1) if gate_first else (x, opened)
+    return x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight * after
 
 
 def unit_formula(x: Tensor) -> Tensor:
@@ -49,13 +53,19 @@ def randn(*shape: int) -> Tensor:
 SHAPES = [(2, 19, 3, 16), (5, 24), (2, 1, 3, 2, 8), (1, 2100, 1, 128), (1, 3, 1, 300)]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gated_norm_and_all_gradients(shape: tuple[int, ...]) -> None:
-    def ours(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
-        return gated_rms_norm(x, gate, weight, 1e-3)
+# SiLU of the gate after the norm; the sigmoid, as KDA has it; before it, as Mamba-2 has it
+KINDS = [("silu", False), ("sigmoid", False), ("silu", True), ("sigmoid", True)]
 
+
+@pytest.mark.parametrize(("activation", "first"), KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gated_norm_and_all_gradients(shape: tuple[int, ...], activation: str, first: bool) -> None:
+    def ours(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
+        return gated_rms_norm(x, gate, weight, 1e-3, activation=activation, gate_first=first)
+
+    formula = partial(norm_formula, activation=activation, gate_first=first)
     inputs = randn(*shape), randn(*shape).roll(1, 0) * 3, randn(shape[-1])
-    check(ours, norm_formula, *inputs, bound=1e-5)
+    check(ours, formula, *inputs, bound=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(2, 19, 3, 16), (1, 70, 2, 128), (7,), (2, 1, 3, 2, 8)], ids=str)
@@ -96,5 +106,7 @@ def test_what_does_not_fit_is_refused() -> None:
         gated_rms_norm(x, x[:, :2], torch.zeros(8))
     with pytest.raises(ValueError, match=r"weight is \[7\], it must be \[dim=8\]"):
         gated_rms_norm(x, x, torch.zeros(7))
+    with pytest.raises(ValueError, match="activation='relu' must be one of silu, sigmoid"):
+        gated_rms_norm(x, x, torch.zeros(8), activation="relu")
     with pytest.raises(ValueError, match="dim=2000 must be at most 1024"):
         unit(torch.zeros(1, 1, 1, 2000))

@@ -71,7 +71,10 @@ def test_flops_are_those_of_the_matrices_and_pairs() -> None:
     rest = 3 * 8 * 24 + 8 * 16
     gla = 8 * (2 * 2 * 4 + 2 * 2 * 6) + 8 * 2 * 6 + 3 * (8 + 2 * 4)
     delta = 8 * (2 * 2 * 4 + 2 * 2 * 6 + 2 * 2) + 8 * 2 * 6
-    for letter, weights, passes in (("G", gla, 4), ("D", delta, 6)):
+    kimi = 8 * (2 * 2 * 4 + 2 * 6 + 2) + 8 * 2 * 6 + 3 * 2 * (8 + 4 + 6)
+    mamba = 8 * (2 * 2 * 4 + 2 * 2 * 6 + 2) + 8 * 2 * 6
+    rows = ("G", gla, 4), ("D", delta, 6), ("K", kimi, 6), ("M", mamba, 4)
+    for letter, weights, passes in rows:
         found = flops.step_flops(replace(model, pattern=letter), [[0, 10]])
         assert found == 3 * 10 * (2 * (weights + rest) + passes * 2 * 4 * 6), letter
 

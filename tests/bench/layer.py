@@ -316,7 +316,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kv-heads", type=int, default=4 if CUDA else 2, help="of softmax")
     parser.add_argument("--layers", type=int, default=24 if CUDA else 4)
     parser.add_argument("--pattern", default="LLLN", help="repeated up to the number of layers")
-    parser.add_argument("--mixer", default="gla", help="what L is: gla or gated_deltanet")
+    parser.add_argument("--mixer", default="gla", help="what L is")
     parser.add_argument("--vocabulary", type=int, default=32000 if CUDA else 64)
     parser.add_argument("--exchange", default="auto", help="of states")
     parser.add_argument("--repeats", type=int, default=10 if CUDA else 3)
