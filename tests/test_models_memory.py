@@ -107,10 +107,10 @@ def test_a_rank_with_few_tokens_has_as_many_tiles_as_the_others() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["G", "D", "K", "M", "R"])
-@pytest.mark.parametrize("groups", [1, 4])
-def test_states_and_halos_are_not_exchanged_again(pattern: str, groups: int) -> None:
-    memory = dataclasses.replace(SAVERS["layers"], head_groups=groups)
-    found, kept = compare(tiny(pattern, num_experts=0), memory, 2, context=2)
+@pytest.mark.parametrize(("groups", "every"), [(1, 1), (4, 1), (2, 2)])
+def test_states_and_halos_are_not_exchanged_again(pattern: str, groups: int, every: int) -> None:
+    memory = dataclasses.replace(SAVERS["layers"], head_groups=groups, keep_every=every)
+    found, kept = compare(tiny(2 * pattern, num_experts=0), memory, 2, context=2)
     wanted = {kind: calls * groups for kind, calls in kept.items()}  # each group its own
     assert found == {**wanted, "loss": found["loss"]}
     assert kept["state"] > 0
@@ -156,12 +156,13 @@ def attended(rank: int, model: ModelConfig, setting: Setting) -> tuple[int, int]
     return calls["forward"], calls["backward"]
 
 
+@pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize(("kept", "runs"), [(True, 1), (False, 2)])
-def test_heads_in_groups_attend_no_more_often(kept: bool, runs: int) -> None:
-    memory = MemoryConfig(recompute=ALL, head_groups=2, keep_attention=kept)
+def test_what_is_run_a_third_time_does_not_attend(kept: bool, runs: int, every: int) -> None:
+    memory = MemoryConfig(recompute=ALL, head_groups=2, keep_attention=kept, keep_every=every)
     setting = Setting(memory=memory, documents=None)
-    model = tiny("N", num_experts=0)
-    assert run_ranks(attended, 1, model, setting) == [(runs * 4, 4)]
+    model = tiny("NN", num_experts=0)
+    assert run_ranks(attended, 1, model, setting) == [(runs * 8, 8)]
 
 
 def evaluated(rank: int, model: ModelConfig, memory: MemoryConfig) -> Tensor:
