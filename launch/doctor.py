@@ -5,13 +5,13 @@ Each check yields findings: what was looked at, what was found, and what to do i
 
 import ctypes
 import errno
-import json
 import os
 import resource
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from seqpar.comm import Communicator
+from seqpar.launch import checkpoint_files
 from seqpar.launch.config import Config, load_config
 from seqpar.launch.ranks import device_of_this_rank, start_ranks
 from seqpar.launch.terminal import command_parser, plain_messages
@@ -146,25 +147,22 @@ def host() -> Findings:
 def disk(config: Config) -> Findings:
     folder = Path(config.log.folder).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
-    probe = existing / f".doctor_{os.getpid()}"
     block = os.urandom(2**20)
     try:
         if existing != folder and folder.exists():
             raise NotADirectoryError(errno.ENOTDIR, f"{folder} is a file, not a folder")
-        begin = time.perf_counter()
-        with probe.open("wb") as file:
+        with tempfile.NamedTemporaryFile(dir=existing, prefix=".doctor-") as file:
+            begin = time.perf_counter()
             for _ in range(32):
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
-        speed = 32 * len(block) / (time.perf_counter() - begin)
-        ahead = probe.stat().st_mtime - time.time()
+            speed = 32 * len(block) / (time.perf_counter() - begin)
+            ahead = os.fstat(file.fileno()).st_mtime - time.time()
     except OSError as error:
         remedy = "choose another log.folder, or make room and give the right to write"
         yield Finding(BAD, "log.folder", f"{existing}: {error.strerror}", remedy)
         return
-    finally:
-        probe.unlink(missing_ok=True)
     free = shutil.disk_usage(existing).free
     found = f"{folder}: {free / 1e9:.0f} GB free, writes {speed / 1e6:.0f} MB/s"
     yield Finding(GOOD, "log.folder", found)
@@ -175,20 +173,13 @@ def disk(config: Config) -> Findings:
 
 
 def _checkpoints(folder: Path, free: int) -> Findings:
-    found = sorted(folder.glob("step_????????"))
+    found = checkpoint_files.complete(folder)
     for path in reversed(found):
-        try:
-            files = json.loads((path / "manifest.json").read_text())["files"]
-            wrong = [
-                name for name, (size, _) in files.items() if (path / name).stat().st_size != size
-            ]
-        except (OSError, ValueError, KeyError) as error:
-            wrong = [str(error)]
-        if wrong:
+        if wrong := checkpoint_files.damage(path, contents=False):
             remedy = "checkpoint.resume=latest passes over it; remove it"
-            yield Finding(NOTE, "checkpoint", f"{path.name} is damaged: {wrong[0]}", remedy)
+            yield Finding(NOTE, "checkpoint", f"{path.name} is damaged: {wrong}", remedy)
             continue
-        size = sum(size for size, _ in files.values())
+        size = sum(file.stat().st_size for file in path.iterdir())
         told = f"{len(found)}, the newest good one is {path.name} ({size / 1e9:.2g} GB)"
         if free < 2 * size:
             remedy = "there is hardly room for another: set checkpoint.keep, or make room"

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import random
 import shutil
 import signal
 import time
@@ -149,9 +148,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         module: Any = checkpoint
         write = module._write
 
-        def waits(*args: Any) -> None:
+        def waits(*args: Any) -> Any:
             time.sleep(0.3 * (rank + 1))
-            write(*args)
+            return write(*args)
 
         module._write = waits
 
@@ -197,18 +196,23 @@ def test_the_optimizer_state_matters_to_these_tests(config: str, half: Path, who
 
 
 def test_killed_while_saving(config: str, half: Path, whole: Path) -> None:
-    """Every rank dies when the files of step 12 are written but not yet checked."""
+    """Every rank dies when its files of the first checkpoint are written."""
 
     def arrange(rank: int) -> None:
         from seqpar.launch import checkpoint
 
         module: Any = checkpoint
-        module._digests = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        write = module._write
+
+        def dies(*args: Any) -> None:
+            write(*args)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        module._write = dies
 
     words = [f"log.folder={half}", *SAVING]
     before = files(half / "checkpoints")
     with pytest.raises(AssertionError, match="died without a word"):
-        # reading checks digests too: start anew elsewhere, die at the first save
         train_on(2, config, f"log.folder={half}-2", *SAVING, before=arrange)
     left = [path.name for path in Path(f"{half}-2/checkpoints").iterdir()]
     assert left == [".writing_step_00000004"]
@@ -239,9 +243,9 @@ def _flip(path: Path) -> None:
 DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
     ("__0_0.distcp", _cut, r"file __0_0\.distcp has \d+ bytes, its manifest says \d+"),
     ("__1_0.distcp", _flip, r"the content of file __1_0\.distcp is not what was written"),
-    (".metadata", Path.unlink, r"file \.metadata is missing"),
+    (".metadata", Path.unlink, r"file \.metadata: No such file"),
     ("metadata.json", _flip, r"the content of file metadata\.json"),
-    ("manifest.json", Path.unlink, r"it is half-written, file manifest\.json: No such file"),
+    ("manifest.json", Path.unlink, r"file manifest\.json: No such file"),
     ("manifest.json", _cut, r"file manifest\.json is not readable"),
     ("manifest.json", lambda path: path.write_text("{}"), r"file manifest\.json is not readable"),
 ]
@@ -285,7 +289,7 @@ def test_the_remedy_works_and_sets_the_damaged_one_aside(
     broken = files(newest)
     train_on(2, config, f"log.folder={half}", *SAVING, "checkpoint.resume=4")
     assert losses(half) == losses(whole)
-    assert files(half / "checkpoints/step_00000008.replaced_1") == broken
+    assert files(half / "checkpoints/replaced_1/step_00000008") == broken
     assert files(newest) != broken
 
 
@@ -319,10 +323,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
 
 
 def test_random_numbers_go_on(config: str, tmp_path: Path) -> None:
-    """Of Python, NumPy, torch and Megatron's tracker, drawn once a step."""
+    """Of torch and of Megatron's tracker, drawn in each step; on other ranks, too."""
 
     def draw(rank: int) -> None:
-        import numpy as np
         import torch
         from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
@@ -335,19 +338,50 @@ def test_random_numbers_go_on(config: str, tmp_path: Path) -> None:
             result = train_step(*args)
             with get_cuda_rng_tracker().fork():
                 tracked = torch.rand(1).item()
-            line = [random.random(), np.random.random(), torch.rand(1).item(), tracked]
-            with (tmp_path / "drawn").open("a") as file:
-                file.write(f"{line}\n")
+            with (tmp_path / f"drawn_{rank}").open("a") as file:
+                file.write(f"{torch.rand(1).item()} {tracked}\n")
             return result
 
         module.train_step = draws
 
     words = [f"log.folder={tmp_path}/run", "train.steps=4", "checkpoint.every=2"]
     train_on(1, config, *words, before=draw)
-    train_on(1, config, *words, "checkpoint.resume=2", before=draw)
-    lines = (tmp_path / "drawn").read_text().splitlines()
-    assert lines[2:4] == lines[4:6]
-    assert len(set(lines)) == 4
+    train_on(2, config, *words, "checkpoint.resume=2", before=draw)
+    lines = (tmp_path / "drawn_0").read_text().splitlines()
+    assert lines[2:4] == lines[4:6] == (tmp_path / "drawn_1").read_text().splitlines()
+    assert len({number for line in lines[:4] for number in line.split()}) == 8
+
+
+def test_a_checkpoint_of_another_format_is_refused(config: str, half: Path) -> None:
+    path = half / "checkpoints/step_00000008/manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["format"]  # the first had no number
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="is of format 1, this version of seqpar has format 2"):
+        train_on(2, config, f"log.folder={half}", *SAVING, "checkpoint.resume=latest")
+
+
+def test_weights_in_another_order_are_refused(config: str, half: Path) -> None:
+    def arrange(rank: int) -> None:
+        from seqpar.models.gla import GatedLinearAttention
+
+        vars_of: Any = GatedLinearAttention
+        vars_of.columns = 7
+
+    words = [f"log.folder={half}", *SAVING, "checkpoint.resume=latest"]
+    told = "of GatedLinearAttention in order 1, this version of seqpar has them in order 7"
+    with pytest.raises(UserError, match=told):
+        train_on(2, config, *words, before=arrange)
+
+
+def test_a_run_that_turns_back_keeps_its_own_checkpoints(config: str, half: Path) -> None:
+    """Not those of the course it has left, though their steps are later."""
+    folder = half / "checkpoints"
+    left = files(folder / "step_00000008")
+    words = [f"log.folder={half}", "checkpoint.every=1", "checkpoint.keep=1"]
+    train_on(2, config, *words, "train.steps=6", "checkpoint.resume=4")
+    assert sorted(path.name for path in folder.iterdir()) == ["replaced_1", "step_00000006"]
+    assert files(folder / "replaced_1/step_00000008") == left
 
 
 def test_only_the_newest_are_kept(config: str, tmp_path: Path) -> None:

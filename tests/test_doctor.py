@@ -119,7 +119,7 @@ def test_data_and_checkpoints_are_looked_at(
     os.truncate(tmp_path / "run/checkpoints/step_00000002/.metadata", 9)
     code, text = examined(capsys, *words, "data.held_out=nowhere")
     assert "1 fault to put right" in str(code)
-    assert "step_00000002 is damaged: .metadata" in text
+    assert "step_00000002 is damaged: file .metadata has 9 bytes" in text
     assert "the newest good one is step_00000001" in text
     assert "cannot read nowhere.idx" in text
     usage: Any = type("usage", (), {"free": 10, "total": 1e12})
