@@ -135,7 +135,8 @@ def prepare(
                     + ("change --held-out or give more documents" if total else "give other inputs")
                 )
         found = [writer.finish() for writer in writers]
-        for part, name in zip(parts, names, strict=True):
+        # the corpus itself last: where it is, the held-out part is
+        for part, name in reversed(list(zip(parts, names, strict=True))):
             for suffix in SUFFIXES:
                 part.with_suffix(suffix).rename(name + suffix)
     return found
@@ -162,38 +163,36 @@ def _files(inputs: Sequence[Path], glob: str) -> Iterator[Path]:
 def _documents(files: Iterable[Path]) -> Iterator[tuple[str, str]]:
     """(name, text) of every document that is not empty."""
     for path in files:
+        lines = path.suffix == ".jsonl"
         try:
-            content = path.read_bytes()
+            # lines as bytes: JSON strings may hold other line separators of Unicode as they are
+            with path.open("rb") as file:
+                for number, content in enumerate(file if lines else [file.read()], 1):
+                    name = f"{path}:{number}" if lines else str(path)
+                    if lines and not content.strip():
+                        continue
+                    try:
+                        text = content.decode()
+                    except UnicodeDecodeError as error:
+                        logger.warning("left out %s: not UTF-8 text (byte %d)", name, error.start)
+                        continue
+                    document = _field(name, text) if lines else text
+                    if document:
+                        yield name, document
+                    else:
+                        logger.warning("left out %s: empty", name)
         except OSError as error:
             raise ValueError(f"input {path}: cannot be read ({error.strerror})") from None
-        try:
-            text = content.decode()
-        except UnicodeDecodeError as error:
-            logger.warning("left out %s: not UTF-8 text (byte %d)", path, error.start)
-            continue
-        found = _lines(path, text) if path.suffix == ".jsonl" and text else [(str(path), text)]
-        for name, document in found:
-            if document:
-                yield name, document
-            else:
-                logger.warning("left out %s: empty", name)
 
 
-def _lines(path: Path, text: str) -> Iterator[tuple[str, str]]:
-    # not splitlines(): JSON strings may hold other line separators of Unicode as they are
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        name = f"{path}:{number}"
-        try:
-            document = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"input {name}: not JSON ({error.msg}, column {error.colno})"
-            ) from None
-        if not isinstance(document, dict) or not isinstance(document.get("text"), str):
-            raise ValueError(f'input {name}: must be an object whose field "text" is a string')
-        yield name, document["text"]
+def _field(name: str, line: str) -> str:
+    try:
+        document = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"input {name}: not JSON ({error.msg}, column {error.colno})") from None
+    if not isinstance(document, dict) or not isinstance(document.get("text"), str):
+        raise ValueError(f'input {name}: must be an object whose field "text" is a string')
+    return str(document["text"])
 
 
 EXAMPLES = """examples:
