@@ -65,28 +65,20 @@ def intact(control: Communicator, folder: Path, resume: str) -> Path | None:
     found = together(control, lambda: _choices(folder, resume) if first else [])
     found = control.broadcast_object(found)
     together(control, partial(check_seen, found[:1]))
-    damages: list[str] = []
-    good = None
+    message = ""
     for path in found:
         every = control.all_gather_object(damage(path, control.rank, control.size))
         told = next((each for each in every if each), None)
         if told is None:
-            good = path
-            break
-        damages.append(f"checkpoint {path} is damaged: {told}")
-    if damages and good is None:
-        raise UserError(
-            f"{damages[0]}; no checkpoint in {folder} is intact: start anew in another log.folder"
-        )
-    if damages and resume not in _NEWEST:
-        step = step_of(path)
-        raise UserError(
-            f"{damages[0]}; the newest intact checkpoint is step {step}: set "
-            f"checkpoint.resume={step}"
-        )
-    for told in damages if first else []:
-        logger.warning("%s; the one before it is taken", told)
-    return good
+            return path
+        message = f"checkpoint {path} is damaged: {told}"
+        if resume not in _NEWEST:
+            raise UserError(f"{message}; checkpoint.resume=latest takes the newest intact one")
+        if first:
+            logger.warning(message)
+    if found:
+        raise UserError(f"{message}; none before it is intact: start anew in another log.folder")
+    return None
 
 
 def check_seen(paths: Iterable[Path]) -> None:
@@ -201,24 +193,22 @@ def prune(folder: Path, keep: int, keep_hours: float) -> None:
 
 
 def _choices(folder: Path, resume: str) -> list[Path]:
-    """The checkpoint that is asked for, then the others, newest first."""
+    """The checkpoint that is asked for, or all, newest first."""
     steps = {step_of(path): path for path in reversed(complete(folder))}
-    half = sorted(path.name for path in folder.glob(f"{_WRITING}*"))
-    hint = f" ({', '.join(half)} there is half-written and of no use)" if half else ""
     if not steps and resume != "auto":
         raise ValueError(
-            f"checkpoint.resume={resume}: {folder} holds no checkpoint{hint}; leave out "
+            f"checkpoint.resume={resume}: {folder} holds no complete checkpoint; leave out "
             "checkpoint.resume to start anew, or set log.folder to the folder of the run"
         )
-    if resume not in _NEWEST:
-        if int(resume) not in steps:
-            nearest = min(steps, key=lambda step: abs(step - int(resume)))
-            raise ValueError(
-                f"checkpoint.resume={resume}: {folder} holds no checkpoint of that step{hint}, but "
-                f"of {', '.join(map(str, reversed(steps)))}; nearest: {nearest}"
-            )
-        steps = {int(resume): steps.pop(int(resume)), **steps}
-    return list(steps.values())
+    if resume in _NEWEST:
+        return list(steps.values())
+    if int(resume) not in steps:
+        nearest = min(steps, key=lambda step: abs(step - int(resume)))
+        raise ValueError(
+            f"checkpoint.resume={resume}: {folder} holds no checkpoint of that step, but of "
+            f"{', '.join(map(str, reversed(steps)))}; nearest: {nearest}"
+        )
+    return [steps[int(resume)]]
 
 
 def _manifest(path: Path) -> dict[str, Any]:

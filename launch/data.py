@@ -88,7 +88,6 @@ class Corpus:
 
         again = "it is damaged or half-written: prepare it again"
         try:
-            size = self._data.stat().st_size
             for path in (Path(f"{prefix}.idx"), self._data):
                 path.open("rb").close()
             index = _IndexReader(f"{prefix}.idx", multimodal=False)
@@ -104,7 +103,7 @@ class Corpus:
         tokens = int(index.sequence_lengths.sum(dtype=np.int64))
         if not tokens:
             raise ValueError(f"{self.name}: the corpus is empty; prepare one with more text")
-        expected = tokens * index.dtype_size
+        size, expected = self._data.stat().st_size, tokens * index.dtype_size
         if size != expected:
             raise ValueError(f"{self.name}: {self._data} has {size} bytes, not {expected}; {again}")
         return IndexedDataset(prefix)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata, util
 from pathlib import Path
@@ -24,6 +24,7 @@ import torch.distributed as dist
 from seqpar.comm import Communicator
 from seqpar.launch import checkpoint_files
 from seqpar.launch.config import Config, load_config
+from seqpar.launch.failure import leave
 from seqpar.launch.ranks import device_of_this_rank, start_ranks
 from seqpar.launch.terminal import command_parser, plain_messages
 
@@ -248,14 +249,12 @@ def _nvlink() -> str:
     return f" ({', '.join(sorted(kinds))})" if kinds else ", none by NVLink"
 
 
-def examine(config: Config | None, control: Communicator | None) -> list[Finding]:
-    """All findings on this machine; of `control`'s ranks, if there are any."""
-    checks: list[Callable[[], Findings]] = [versions, gpus, network, host]
+def examine(config: Config | None) -> list[Finding]:
+    """All findings on this machine."""
+    checks = [versions(), gpus(), network(), host()]
     if config is not None:
-        checks += [lambda: disk(config), lambda: data(config)]
-    if control is not None:
-        checks.append(lambda: ranks(control))
-    return [finding for check in checks for finding in check()]
+        checks += [disk(config), data(config)]
+    return [finding for check in checks for finding in check]
 
 
 EXAMPLES = """examples:
@@ -277,19 +276,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="whose data and folders to see")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args(argv)
-    control = start_ranks() if "RANK" in os.environ else None
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     try:
         config = load_config(args.config, args.overrides) if args.config else None
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        leave(str(error), rank)
     plain_messages()
-    findings = examine(config, control)
-    if control is not None:
-        findings += _of_other_nodes(findings, control)
+    findings = examine(config) if local_rank == 0 else []
+    if "RANK" in os.environ:
+        control = start_ranks()
+        findings += [*ranks(control), *_of_other_nodes(findings, control)]
         control.barrier()
         dist.destroy_process_group()
     faults = sum(finding.level == BAD for finding in findings)
-    if control is not None and control.rank > 0:
+    if rank > 0:
         sys.exit(faults > 0)
     width = max(len(finding.what) for finding in findings)
     for finding in findings:

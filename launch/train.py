@@ -5,7 +5,6 @@ One process without torchrun: `seqpar train CONFIG [section.key=value ...]`.
 
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -58,13 +57,12 @@ class Command:
             names = {"NNODES", "RENDEZVOUS", "RANKS_PER_NODE"} & os.environ.keys()
             nodes = [f"{name}={os.environ[name]}" for name in sorted(names)]
             return shlex.join([*nodes, _short(Path(__file__).with_name("torchrun.sh")), *words])
-        module = ["-m", "seqpar.launch.train", *words]
-        if "LOCAL_WORLD_SIZE" not in os.environ:
-            return shlex.join([_beside_python("python"), *module])
-        ranks, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
-        nodes = ["--standalone"] if local == ranks else ["--nnodes", str(ranks // local)]
-        start = [_beside_python("torchrun"), *nodes, "--nproc-per-node", str(local)]
-        return shlex.join([*start, *module])
+        start = [_short(Path(sys.executable))]
+        if "LOCAL_WORLD_SIZE" in os.environ:
+            ranks, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+            nodes = ["--standalone"] if local == ranks else ["--nnodes", str(ranks // local)]
+            start += ["-m", "torch.distributed.run", *nodes, "--nproc-per-node", str(local)]
+        return shlex.join([*start, "-m", "seqpar.launch.train", *words])
 
 
 def train(command: Command, control: Communicator) -> None:
@@ -207,12 +205,6 @@ def _begin_folder(config: Config, step: int) -> Path:
     path = folder / (f"config_from_step_{step}.yaml" if step else "config.yaml")
     path.write_text(to_yaml(config))
     return path
-
-
-def _beside_python(name: str) -> str:
-    """How to call a program of this Python's environment, short where possible."""
-    path = Path(sys.executable).with_name(name)
-    return name if not path.exists() or shutil.which(name) == str(path) else _short(path)
 
 
 def _short(path: Path) -> str:

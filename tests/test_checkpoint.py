@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from launch_setup import losses, train_on, workplace
 
+from seqpar.launch import checkpoint_files
 from seqpar.launch.failure import UserError
 
 SAVING = ["train.steps=12", "checkpoint.every=4"]
@@ -216,7 +218,7 @@ def test_killed_while_saving(config: str, half: Path, whole: Path) -> None:
         train_on(2, config, f"log.folder={half}-2", *SAVING, before=arrange)
     left = [path.name for path in Path(f"{half}-2/checkpoints").iterdir()]
     assert left == [".writing_step_00000004"]
-    with pytest.raises(UserError, match=r"\.writing_step_00000004 there is half-written"):
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
         train_on(2, config, f"log.folder={half}-2", *SAVING, "checkpoint.resume=latest")
     # beside good ones it is passed over, and written anew
     shutil.copytree(
@@ -246,25 +248,30 @@ DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
     (".metadata", Path.unlink, r"file \.metadata: No such file"),
     ("metadata.json", _flip, r"the content of file metadata\.json"),
     ("manifest.json", Path.unlink, r"file manifest\.json: No such file"),
-    ("manifest.json", _cut, r"file manifest\.json is not readable"),
+    ("manifest.json", lambda path: os.truncate(path, 99), r"file manifest\.json is not readable"),
     ("manifest.json", lambda path: path.write_text("{}"), r"file manifest\.json is not readable"),
 ]
 
 
 @pytest.mark.parametrize(("name", "damage", "message"), DAMAGE)
-def test_damage_is_found_and_the_last_good_one_named(
-    name: str, damage: Callable[[Path], Any], message: str, config: str, half: Path
+def test_damage_is_found(
+    name: str, damage: Callable[[Path], Any], message: str, half: Path
 ) -> None:
+    path = half / "checkpoints/step_00000008"
+    assert checkpoint_files.damage(path) is None
+    damage(path / name)
+    assert re.search(message, checkpoint_files.damage(path) or "")
+    assert (checkpoint_files.damage(path, contents=False) is None) == (damage is _flip)
+
+
+def test_a_damaged_one_that_is_asked_for_is_refused(config: str, half: Path) -> None:
     newest = half / "checkpoints/step_00000008"
-    if name == "manifest.json" and damage is _cut:
-        damage = lambda path: path.write_text(path.read_text()[:-9])  # noqa: E731
-    damage(newest / name)
+    _flip(newest / "__1_0.distcp")
     before = files(half)
-    words = [f"log.folder={half}", *SAVING]
-    with pytest.raises(UserError, match=message) as error:
-        train_on(2, config, *words, "checkpoint.resume=8")
+    words = [f"log.folder={half}", *SAVING, "checkpoint.resume=8"]
+    with pytest.raises(UserError, match=r"of file __1_0.distcp is not .*resume=latest") as error:
+        train_on(2, config, *words)
     assert str(newest) in str(error.value)
-    assert "set checkpoint.resume=4" in str(error.value)
     assert files(half) == before
 
 
@@ -296,7 +303,9 @@ def test_the_remedy_works_and_sets_the_damaged_one_aside(
 def test_when_nothing_is_intact(config: str, half: Path) -> None:
     for path in (half / "checkpoints").iterdir():
         _flip(path / "metadata.json")
-    with pytest.raises(UserError, match=r"no checkpoint in .* is intact: start anew"):
+    with pytest.raises(
+        UserError, match=r"step_00000004 is damaged: .*; none before it is intact: start"
+    ):
         train_on(2, config, f"log.folder={half}", *SAVING, "checkpoint.resume=latest")
 
 

@@ -150,7 +150,11 @@ WRONG = [
     (["--length", "8k"], "--length=8k must be a whole number; did you mean 8K?"),
     (["--needle", "--length", "20"], "--length=20 must be at least"),
     (["--depths", "0,2", "--needle"], "--depths=0,2 must be numbers from 0 to 1"),
+    (["--depths", "all", "--needle"], "--depths=all must be numbers from 0 to 1"),
     (["--prompt", ""], "--prompt is empty"),
+    (["--documents", "0"], "--documents=0 must be a whole number from 1"),
+    (["--temperature", "-1"], "--temperature=-1.0 must be at least 0"),
+    (["--step", "newest"], '--step=newest must be "latest" or the step of a checkpoint'),
 ]
 
 
