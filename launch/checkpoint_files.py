@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import socket
-import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -182,7 +181,8 @@ def prune(folder: Path, keep: int, keep_hours: float) -> None:
     surplus = set(checkpoints[:-keep] if keep else [])
     try:
         if keep_hours:
-            oldest = time.time() - 3600 * keep_hours
+            # by the clock of the disk, not by this machine's
+            oldest = checkpoints[-1].stat().st_mtime - 3600 * keep_hours
             surplus |= {path for path in checkpoints[:-1] if path.stat().st_mtime < oldest}
         for path in surplus:
             path.rename(folder / (_REMOVED + path.name))  # whole, or out of sight

@@ -159,7 +159,6 @@ def disk(config: Config) -> Findings:
             file.flush()
             os.fsync(file.fileno())
             speed = 32 * len(block) / (time.perf_counter() - begin)
-            ahead = os.fstat(file.fileno()).st_mtime - time.time()
     except OSError as error:
         remedy = "choose another log.folder, or make room and give the right to write"
         yield Finding(BAD, "log.folder", f"{existing}: {error.strerror}", remedy)
@@ -167,9 +166,6 @@ def disk(config: Config) -> Findings:
     free = shutil.disk_usage(existing).free
     found = f"{folder}: {free / 1e9:.0f} GB free, writes {speed / 1e6:.0f} MB/s"
     yield Finding(GOOD, "log.folder", found)
-    if abs(ahead) > 5:
-        remedy = "its server's clock is off: checkpoint.keep_hours will be, too"
-        yield Finding(NOTE, "log.folder", f"{ahead:+.0f} s from this clock", remedy)
     yield from _checkpoints(folder / "checkpoints", free)
 
 

@@ -53,23 +53,24 @@ class Recorder:
 
 
 def _wandb(config: Config) -> Any:
+    folder = Path(config.log.folder)
     try:
         import wandb
-    except ImportError:
+
+        # the folder's name, so that a resumed run goes on in the same curves
+        run = wandb.init(
+            project=config.log.wandb,
+            id=folder.name,
+            name=folder.name,
+            dir=str(folder),
+            resume="allow",
+            config=to_container(config),
+        )
+    except Exception as error:  # it is not there, nobody has logged in, ...
         raise ValueError(
-            f"log.wandb={config.log.wandb}: the package is not installed; pip install wandb, or "
+            f"log.wandb={config.log.wandb}: {error}; pip install wandb and run wandb login, or "
             "leave log.wandb out"
         ) from None
-    folder = Path(config.log.folder)
-    # the folder's name, so that a resumed run goes on in the same curves
-    run = wandb.init(
-        project=config.log.wandb,
-        id=folder.name,
-        name=folder.name,
-        dir=str(folder),
-        resume="allow",
-        config=to_container(config),
-    )
     run.define_metric("*", step_metric="trained_steps")
     return run
 

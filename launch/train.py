@@ -96,8 +96,8 @@ def _train(command: Command, config: Config, sizes: Sizes, control: Communicator
     together(control, lambda: _check_folder(config) if leader else None)
     stream = together(control, lambda: open_stream(config, "path"))
     held_out = together(control, lambda: open_stream(config, "held_out")) if data.held_out else None
-    for each in (stream, held_out) if held_out else (stream,):
-        agree(control, {f"the number of tokens of {each.corpus.name}": each.corpus.tokens})
+    tokens = {"path": stream.corpus.tokens, "held_out": held_out and held_out.corpus.tokens}
+    agree(control, {f"data.{field} (number of tokens)": n for field, n in tokens.items()})
     run = together(control, lambda: build(config, sizes, control))
     common = identity(run, stream.corpus)
     done = Progress()
