@@ -22,8 +22,12 @@ class Recorder:
 
     def __init__(self, config: Config, first_step: int) -> None:
         folder = Path(config.log.folder)
+        path = folder / METRICS
+        before = path.read_bytes() if first_step and path.exists() else b""
         # unbuffered: what a full disk does not take must not come again when the file is closed
-        self._file = (folder / METRICS).open("ab", buffering=0)
+        self._file = path.open("ab", buffering=0)
+        if before and not before.endswith(b"\n"):
+            self._file.write(b"\n")  # half a line, of a disk that was full
         self._tensorboard: Any = None
         self._wandb: Any = None
         if config.log.tensorboard and find_spec("tensorboard"):

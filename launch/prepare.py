@@ -86,7 +86,7 @@ def prepare(
     """Write the documents of `inputs` as corpus `output`, and part of them as `output`.held_out.
 
     A document is a file, or a line of a file that ends in .jsonl (its field "text"). Empty
-    documents and files that are not UTF-8 are left out, each named in a warning.
+    documents and those that are not UTF-8 are left out, each named in a warning.
 
     Args:
         inputs: files, or folders whose files matching `glob` are taken recursively, in order of
@@ -162,25 +162,31 @@ def _files(inputs: Sequence[Path], glob: str) -> Iterator[Path]:
 
 def _documents(files: Iterable[Path]) -> Iterator[tuple[str, str]]:
     """(name, text) of every document that is not empty."""
-    for path in files:
-        lines = path.suffix == ".jsonl"
+    for name, content, is_json in _contents(files):
         try:
-            # lines as bytes: JSON strings may hold other line separators of Unicode as they are
+            text = content.decode()
+        except UnicodeDecodeError as error:
+            logger.warning("left out %s: not UTF-8 text (byte %d)", name, error.start)
+            continue
+        document = _field(name, text) if is_json else text
+        if document:
+            yield name, document
+        else:
+            logger.warning("left out %s: empty", name)
+
+
+def _contents(files: Iterable[Path]) -> Iterator[tuple[str, bytes, bool]]:
+    """(name, content, whether that is JSON) of each file, or of each line that is."""
+    for path in files:
+        try:
             with path.open("rb") as file:
-                for number, content in enumerate(file if lines else [file.read()], 1):
-                    name = f"{path}:{number}" if lines else str(path)
-                    if lines and not content.strip():
-                        continue
-                    try:
-                        text = content.decode()
-                    except UnicodeDecodeError as error:
-                        logger.warning("left out %s: not UTF-8 text (byte %d)", name, error.start)
-                        continue
-                    document = _field(name, text) if lines else text
-                    if document:
-                        yield name, document
-                    else:
-                        logger.warning("left out %s: empty", name)
+                if path.suffix != ".jsonl":
+                    yield str(path), file.read(), False
+                    continue
+                # lines of bytes: JSON strings may hold other line separators of Unicode as they are
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield f"{path}:{number}", line, True
         except OSError as error:
             raise ValueError(f"input {path}: cannot be read ({error.strerror})") from None
 

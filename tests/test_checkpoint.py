@@ -12,17 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch_setup import losses, train_on, workplace
+from launch_setup import losses, train_on
 
 from seqpar.launch import checkpoint_files
 from seqpar.launch.failure import UserError
 
 SAVING = ["train.steps=12", "checkpoint.every=4"]
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return workplace(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +176,16 @@ def test_a_resumed_run_chooses_its_exchanges_by_the_figures_it_began_with(
     assert first["links"]["nodes"] == [0, 0]
     assert first["links"]["latency"] > 0
     assert second["links"] == first["links"]  # measured anew, they would differ
+
+
+def test_half_a_line_of_metrics_spoils_no_other(config: str, half: Path) -> None:
+    path = half / "metrics.jsonl"
+    with path.open("a") as file:
+        file.write('{"step": 9, "lo')
+    train_on(2, config, f"log.folder={half}", *SAVING, "checkpoint.resume=latest")
+    lines = path.read_text().splitlines()
+    assert lines.pop(8) == '{"step": 9, "lo'
+    assert [json.loads(line)["step"] for line in lines] == [*range(1, 13), 12]
 
 
 def test_the_optimizer_state_matters_to_these_tests(config: str, half: Path, whole: Path) -> None:

@@ -13,15 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
-from launch_setup import train_on, workplace
+from launch_setup import train_on
 
 from seqpar.comm import Communicator
 from seqpar.launch import doctor
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return workplace(tmp_path_factory.mktemp("corpus"))
 
 
 def examined(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[object, str]:

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 from harness import run_ranks
-from launch_setup import train_on, workplace
+from launch_setup import train_on
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+def trained(config: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A configuration, and the word that names the folder of a run of it on two ranks."""
-    config = workplace(tmp_path_factory.mktemp("corpus"))
     word = f"log.folder={tmp_path_factory.mktemp('runs')}/run"
     train_on(2, config, word, "model.pattern=GDN")
     return config, word

@@ -10,16 +10,11 @@ from typing import Any
 
 import pytest
 from harness import run_ranks
-from launch_setup import CONFIG, losses, train_on, workplace
+from launch_setup import CONFIG, losses, train_on
 
 from seqpar.comm import Communicator
 from seqpar.launch.data import Corpus
 from seqpar.launch.failure import UserError, together
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return workplace(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")
