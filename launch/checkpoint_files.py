@@ -175,7 +175,8 @@ def set_aside(folder: Path, step: int) -> None:
 def prune(folder: Path, keep: int, keep_hours: float) -> None:
     """Remove all but the newest `keep`, and what is older than `keep_hours`; never the newest.
 
-    0 keeps all. What cannot be removed is told, and ends no run.
+    0 keeps all. What is half-written goes too, so nothing may be being written. What cannot be
+    removed is told, and ends no run.
     """
     checkpoints = complete(folder)
     surplus = set(checkpoints[:-keep] if keep else [])
@@ -186,7 +187,8 @@ def prune(folder: Path, keep: int, keep_hours: float) -> None:
             surplus |= {path for path in checkpoints[:-1] if path.stat().st_mtime < oldest}
         for path in surplus:
             path.rename(folder / (_REMOVED + path.name))  # whole, or out of sight
-        for path in folder.glob(f"{_REMOVED}*"):  # also of a run that was killed
+        # also what a run that was killed has left
+        for path in [*folder.glob(f"{_REMOVED}*"), *folder.glob(f"{_WRITING}*")]:
             shutil.rmtree(path)
     except OSError as error:
         logger.warning("an old checkpoint is not removed: %s", error)

@@ -151,6 +151,9 @@ def _train(command: Command, config: Config, sizes: Sizes, control: Communicator
             if done.step < steps and stop.asked(control):
                 saver.save(done, wait=True)
                 raise Stopped(f"stopped as asked, and saved, after step {done.step}")
+    except UserError:
+        saver.go_on(wait=True)  # what is being written may be the last good one
+        raise
     finally:
         if report:
             report.close()

@@ -1,5 +1,6 @@
 """A run that is killed and resumed goes on as if nothing had been, or says what is wrong."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -134,25 +135,26 @@ def test_resumes_with_other_kinds_of_parallelism(
         assert found[step][1] == pytest.approx(expected[step][1], rel=1e-3)
 
 
+def _slow(rank: int) -> None:
+    from seqpar.launch import checkpoint
+
+    module: Any = checkpoint
+    write = module._write
+
+    def waits(*args: Any) -> Any:
+        time.sleep(0.3 * (rank + 1))
+        return write(*args)
+
+    module._write = waits
+
+
 def test_training_goes_on_while_a_checkpoint_is_written(
     config: str, whole: Path, tmp_path: Path
 ) -> None:
     """What is written is the state at its step, however long it takes; the result is the same."""
 
-    def slow(rank: int) -> None:
-        from seqpar.launch import checkpoint
-
-        module: Any = checkpoint
-        write = module._write
-
-        def waits(*args: Any) -> Any:
-            time.sleep(0.3 * (rank + 1))
-            return write(*args)
-
-        module._write = waits
-
     words = [f"log.folder={tmp_path}/run", *SAVING, "checkpoint.asynchronous=true"]
-    text = train_on(2, config, *words, before=slow)
+    text = train_on(2, config, *words, before=_slow)
     lines = text.splitlines()
     saved = [lines.index(f"checkpoint {tmp_path}/run/checkpoints/step_{n:08d}") for n in (4, 8, 12)]
     assert saved == sorted(saved)
@@ -160,6 +162,28 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     assert losses(tmp_path / "run") == losses(whole)
     train_on(2, config, *words, "checkpoint.resume=8")
     assert losses(tmp_path / "run") == losses(whole)
+
+
+def test_a_checkpoint_under_way_is_finished_before_a_run_ends(config: str, tmp_path: Path) -> None:
+    def diverges(rank: int) -> None:
+        from seqpar.launch import step
+
+        module: Any = step
+        train_step, results = module.train_step, []
+
+        def breaks(*args: Any) -> Any:
+            results.append(train_step(*args))
+            broken = "layer 1 is NaN" if len(results) == 5 else None
+            return dataclasses.replace(results[-1], nonfinite=broken)
+
+        module.train_step = breaks
+        _slow(rank)
+
+    words = [f"log.folder={tmp_path}/run", *SAVING, "checkpoint.asynchronous=true"]
+    with pytest.raises(UserError, match="step 5: layer 1 is NaN: training has diverged"):
+        train_on(2, config, *words, before=diverges)
+    left = [path.name for path in (tmp_path / "run/checkpoints").iterdir()]
+    assert left == ["step_00000004"]
 
 
 def test_a_resumed_run_chooses_its_exchanges_by_the_figures_it_began_with(
@@ -225,11 +249,12 @@ def test_killed_while_saving(config: str, half: Path, whole: Path) -> None:
     assert left == [".writing_step_00000004"]
     with pytest.raises(UserError, match="holds no complete checkpoint"):
         train_on(2, config, f"log.folder={half}-2", *SAVING, "checkpoint.resume=latest")
-    # beside good ones it is passed over, and written anew
-    shutil.copytree(
-        f"{half}-2/checkpoints/.writing_step_00000004",
-        half / "checkpoints/.writing_step_00000012",
-    )
+    # beside good ones it is passed over; written anew, or removed
+    for step in (11, 12):
+        shutil.copytree(
+            f"{half}-2/checkpoints/.writing_step_00000004",
+            half / f"checkpoints/.writing_step_000000{step}",
+        )
     train_on(2, config, *words, "checkpoint.resume=latest")
     assert losses(half) == losses(whole)
     after = files(half / "checkpoints")
