@@ -127,6 +127,7 @@ class Saver:
                 temporary.mkdir(parents=True)
 
         self._together(path, make_folder)
+        run.complete_parameters()
         # Megatron would start a process for this queue, which outlives a run that is killed.
         vars(filesystem_async)["_results_queue"] = queue.Queue()
         with errors_kept() as errors:

@@ -80,6 +80,9 @@ class OptimizerSection:
     eps: float = 1e-8
     clip_grad: float = 1.0
     distributed: bool = False  # its state is shared out over data- and context-parallel ranks
+    # whether gradients are summed over ranks while the backward pass goes on, and parameters
+    # (distributed) gathered while the next forward pass begins
+    overlap: bool = True
 
 
 @dataclass

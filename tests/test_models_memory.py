@@ -78,7 +78,7 @@ SPREAD: dict[str, dict[str, Any]] = {
     "expert tensor": {"context": 2, "expert_tensor": 2},
     "pipeline": {"pipeline": 2, "stages": (1, 2), "microbatches": 3},
     "turns": {"pipeline": 2, "stages": (1, 1, 1, 0), "microbatches": 2, "context": 1},
-    "data": {"expert": 2, "distributed": True},
+    "data": {"expert": 2, "distributed": True, "overlap": True, "microbatches": 2},
 }
 
 
