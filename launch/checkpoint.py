@@ -6,10 +6,10 @@ Here is what they hold, and who writes it; checkpoint_files.py is how they lie o
 import dataclasses
 import queue
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -130,18 +130,18 @@ class Saver:
         run.complete_parameters()
         # Megatron would start a process for this queue, which outlives a run that is killed.
         vars(filesystem_async)["_results_queue"] = queue.Queue()
-        with errors_kept() as errors:
+        # ranks that hold the same write a part each
+        strategy = FullyParallelSaveStrategyWrapper(
+            get_default_save_sharded_strategy(), parallelization_group=run.groups.dp_cp
+        )
+        with self._errors_told(path):
             request = dist_checkpointing.save(
                 _state(run, is_loading=False),
                 str(temporary),
-                # ranks that hold the same write a part each
-                FullyParallelSaveStrategyWrapper(
-                    get_default_save_sharded_strategy(), parallelization_group=run.groups.dp_cp
-                ),
+                strategy,
                 async_sharded_save=True,
                 **compat.asynchronous_save_options(),
             )
-        self._together(path, partial(_raise_first, errors))
         written = self._thread.submit(_write, request, _snapshot(request))
         content = dataclasses.asdict(progress) | {"common": self._common}
         if run.links is not None:
@@ -151,10 +151,9 @@ class Saver:
     def _complete(self, under_way: _UnderWay) -> None:
         path, control = under_way.path, self._run.control
         files = self._together(path, under_way.written.result)
-        with errors_kept() as errors:
+        with self._errors_told(path):
             for finalize in under_way.request.finalize_fns:
                 finalize()
-        self._together(path, partial(_raise_first, errors))
         shares = control.all_gather_object(files)
 
         def finish() -> None:
@@ -167,6 +166,18 @@ class Saver:
             wanted = self._run.config.checkpoint
             checkpoint_files.prune(self._folder, wanted.keep, wanted.keep_hours)
         self._told(path)
+
+    @contextmanager
+    def _errors_told(self, path: Path) -> Iterator[None]:
+        """Within, Megatron meets other ranks; after it they learn what failed of its own files."""
+        with errors_kept() as errors:
+            yield
+
+        def raise_first() -> None:
+            if errors:
+                raise errors[0]
+
+        self._together(path, raise_first)
 
     def _together(self, path: Path, work: Callable[[], T]) -> T:
         """The result of `work`, which writes checkpoint `path`."""
@@ -210,11 +221,6 @@ def _write(request: Any, buckets: list[Any]) -> Files:
             raise results[index]
     request.async_fn_args[2].put(results)
     return {name: checkpoint_files.digested(Path(path)) for path, name, _ in buckets}
-
-
-def _raise_first(errors: list[Exception]) -> None:
-    if errors:
-        raise errors[0]
 
 
 def load(run: Run, folder: Path, resume: str, common: dict[str, Any]) -> Progress:

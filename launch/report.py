@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from contextlib import suppress
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -128,12 +129,13 @@ class Report:
         if step % self._config.log.every == 0 or step == steps or done_now == 1:
             unit = "rank" if self._peak is None else "GPU"
             mfu = f"  MFU {here['mfu']:.1%}" if "mfu" in here else ""
+            eta = timedelta(seconds=round(here["eta_seconds"]))
             _say(
                 f"step {step:>{len(str(steps))}}/{steps}  loss {result.loss:.5f}  "
                 f"grad {result.grad_norm:.3f}  lr {result.lr:.2e}  {speed:,.0f} tokens/s "
                 f"({speed / self._ranks:,.0f} a {unit}){mfu}  "
                 f"exchanged {_bytes(result.bytes_sent)}, waited {result.waited:.2f} s  "
-                f"memory {_bytes(result.memory)}  ETA {_duration(here['eta_seconds'])}"
+                f"memory {_bytes(result.memory)}  ETA {eta}"
             )
 
     def held_out(self, step: int, loss: float) -> None:
@@ -169,12 +171,6 @@ def _say(line: str) -> None:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def _bytes(count: float) -> str:

@@ -107,9 +107,10 @@ def _train(command: Command, config: Config, sizes: Sizes, control: Communicator
         if leader:
             print(f"{folder} is trained to step {done.step} already")
         return
-    written = together(control, lambda: _begin_folder(config, done.step) if leader else None)
-    written = control.broadcast_object(written)
-    together(control, lambda: checkpoint_files.check_seen([written]))
+    # a resumed run may have other settings than the one it continues
+    settings = folder / (f"config_from_step_{done.step}.yaml" if done.step else "config.yaml")
+    together(control, lambda: _begin_folder(config, done.step, settings) if leader else None)
+    together(control, lambda: checkpoint_files.check_seen([settings]))
     clock = Clock(config.train.global_batch * data.sequence_length)
 
     def new_report() -> Report | None:
@@ -194,20 +195,15 @@ def _check_folder(config: Config) -> None:
         )
 
 
-def _begin_folder(config: Config, step: int) -> Path:
-    """Write the settings; the path of their file."""
-    folder = Path(config.log.folder)
+def _begin_folder(config: Config, step: int, settings: Path) -> None:
     if step >= config.train.steps:
         raise ValueError(
             f"train.steps={config.train.steps}: the checkpoint is of step {step}, nothing is left "
             f"to train; set train.steps above {step}"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint_files.set_aside(folder / "checkpoints", step)
-    # a resumed run may have other settings than the one it continues
-    path = folder / (f"config_from_step_{step}.yaml" if step else "config.yaml")
-    path.write_text(to_yaml(config))
-    return path
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint_files.set_aside(settings.parent / "checkpoints", step)
+    settings.write_text(to_yaml(config))
 
 
 def _short(path: Path) -> str:
