@@ -100,12 +100,8 @@ def run(
     return found
 
 
-def halved() -> dict[str, Tensor]:
-    return {name: weight / 2 for name, weight in whole_weights(MODEL).items()}
-
-
 def check(writer: str, readers: list[str], folder: Path, bound: float, **config: Any) -> None:
-    through = run(writer, folder, halved(), **config)
+    through = run(writer, folder, whole_weights(MODEL), **config)
     for reader in readers:
         assert run(reader, folder, **config) == pytest.approx(through, rel=bound), reader
 
@@ -145,7 +141,7 @@ def test_bfloat16_resumes_with_the_other_optimizer(tmp_path: Path) -> None:
 
 
 def test_the_moments_matter_to_these_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    through = run("one", tmp_path, halved())
+    through = run("one", tmp_path, whole_weights(MODEL))
     monkeypatch.setattr("seqpar.launch.optimizer_state.MOMENTS", ("exp_avg",))
     monkeypatch.setattr(f"{__name__}.load_state", lambda *_, **__: None)
     found = run("one", tmp_path)

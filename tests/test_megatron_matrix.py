@@ -117,9 +117,7 @@ def course(
     model: ModelConfig, spread: Setting, ranks: int, lr: float = 0.01
 ) -> list[tuple[float, float]]:
     """(mean loss, gradient norm) of each step, over all ranks."""
-    # Halved: in a steep landscape rounding errors grow a thousandfold in five steps.
-    weights = {name: weight / 2 for name, weight in whole_weights(model).items()}
-    results = run_ranks(trajectory, ranks, model, spread, weights, lr)
+    results = run_ranks(trajectory, ranks, model, spread, whole_weights(model), lr)
     found = []
     for step in zip(*results, strict=True):
         assert len({round(norm, 5) for _, _, norm in step}) <= 2, f"ranks differ: {step}"

@@ -55,8 +55,7 @@ def compare(
     model: ModelConfig, memory: MemoryConfig, ranks: int, **spread: Any
 ) -> tuple[dict[str, int], dict[str, int]]:
     """The exchanges of rank 0 with `memory`, and with everything kept."""
-    # Halved: in a steep landscape rounding errors grow, whatever is recomputed.
-    weights = {name: weight / 2 for name, weight in whole_weights(model).items()}
+    weights = whole_weights(model)
     wanted = run_ranks(step, ranks, model, Setting(memory=KEPT, **spread), weights)
     found = run_ranks(step, ranks, model, Setting(memory=memory, **spread), weights)
     for (own, _), (expected, _) in zip(found, wanted, strict=True):
