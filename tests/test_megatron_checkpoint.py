@@ -151,7 +151,7 @@ def test_the_moments_matter_to_these_tests(tmp_path: Path, monkeypatch: pytest.M
 def test_weights_in_another_order_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run("one", tmp_path, halved())
+    run("one", tmp_path, whole_weights(MODEL))
     monkeypatch.setattr(GatedLinearAttention, "columns", 9)
     with pytest.raises(AssertionError, match="in order 1, this version of seqpar has them in or"):
         run("one", tmp_path)
@@ -163,6 +163,6 @@ def test_weights_without_a_number_of_their_order_are_refused(
     """Versions before the first number wrote none."""
     with monkeypatch.context() as older:
         older.setattr(SequenceMixer, "get_extra_state", torch.nn.Module.get_extra_state)
-        run("one", tmp_path, halved())
+        run("one", tmp_path, whole_weights(MODEL))
     with pytest.raises(AssertionError, match=r"self_attention\._extra_state"):
         run("one", tmp_path)
