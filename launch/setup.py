@@ -92,6 +92,15 @@ def build(config: Config, sizes: Sizes, control: Communicator) -> Run:
     )
 
 
+def seed_ranks(seed: int) -> None:
+    """Begin random numbers, alike on data- and context-parallel ranks.
+
+    Each step has a seed of its own, so a resumed run draws what it would have drawn, on any ranks.
+    """
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
 def data_parallel(
     config: TransformerConfig,
     stages: list[Any],
@@ -146,8 +155,7 @@ def build_model(
         expert_model_parallel_size=sizes.expert,
         expert_tensor_parallel_size=sizes.expert_tensor,
     )
-    torch.manual_seed(config.train.seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed)
+    seed_ranks(config.train.seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     stages: list[Any] = build_language_model(
         config.model,
