@@ -123,12 +123,12 @@ def check_memory(memory: MemoryConfig, model: ModelConfig, tensor_parallel: int 
             f"memory.offload_layers={memory.offload_layers} moves what layers are made again from, "
             f"and memory.recompute is empty; set it to [{', '.join(RECOMPUTED)}]"
         )
-    mixers = [mixer for mixer in dict.fromkeys(layer_mixers(model)) if made_again(memory, mixer)]
     if memory.keep_every > 1 and set(memory.recompute) != set(RECOMPUTED):
         raise ValueError(
             f"memory.keep_every={memory.keep_every} is of layers that are made again whole; set "
             f"memory.recompute to [{', '.join(RECOMPUTED)}], or memory.keep_every to 1"
         )
+    mixers = [mixer for mixer in dict.fromkeys(layer_mixers(model)) if made_again(memory, mixer)]
     if memory.head_groups > 1 and not mixers:
         raise ValueError(
             f"memory.head_groups={memory.head_groups} is of mixers that are made again, and "

@@ -87,7 +87,8 @@ class GatedDeltaNet(SequenceMixer):
         taps = heads.part(self.conv_weight).flatten(0, 1)
         qkv = causal_conv1d(qkv, taps, activation="silu", sp=params.sp)
         q, k, v = qkv.split(self.widths, -1)
-        opposite = -heads.part(self.dt_bias).float() - a.flatten(2)  # softplus(y) = -logsigmoid(-y)
+        # softplus(y) = -logsigmoid(-y)
+        opposite = -heads.part(self.dt_bias).float() - a.flatten(2)
         finish = start_delta_attention(
             unit(q),
             unit(k),

@@ -94,9 +94,8 @@ class Mamba2(SequenceMixer):
         cbx = causal_conv1d(cbx, taps, bias, activation="silu", sp=params.sp)
         c, b, x = cbx.split(self.widths, -1)
         x = x.unflatten(3, (self.each, -1)).flatten(2, 3)  # [b, s, heads, value_head_dim]
-        opposite = -heads.part(self.dt_bias).float() - dt.flatten(
-            2
-        )  # softplus(y) = -logsigmoid(-y)
+        # softplus(y) = -logsigmoid(-y)
+        opposite = -heads.part(self.dt_bias).float() - dt.flatten(2)
         decay = log_decay(opposite, heads.part(self.A_log).float().exp())
         step = -F.logsigmoid(opposite)
         v = (x * step[..., None]).to(x.dtype)

@@ -163,17 +163,16 @@ class SequenceMixer(MegatronModule, ABC):
         low, heads = self.down(hidden_states), Heads(0, self.heads, self.heads)
         if self.head_groups == 1:
             return self._output(heads, hidden_states, low, params=params), None
-        run = partial(self._output, params=params)
-        # of tensor-parallel ranks once for all groups, and not in each of their products
-        enter = (
-            gather_from_sequence_parallel_region if cut else copy_to_tensor_model_parallel_region
+        # tensor-parallel ranks talk once for all groups, and not in each of their products
+        enter, leave = (
+            copy_to_tensor_model_parallel_region,
+            reduce_from_tensor_model_parallel_region,
         )
-        leave = (
-            reduce_scatter_to_sequence_parallel_region
-            if cut
-            else reduce_from_tensor_model_parallel_region
-        )
+        if cut:
+            enter = gather_from_sequence_parallel_region
+            leave = reduce_scatter_to_sequence_parallel_region
         shared = [enter(x, group=self.tp_group) for x in (hidden_states, low) if x is not None]
+        run = partial(self._output, params=params)
         parameters = [p for p in self.parameters() if p.requires_grad]
         y = add_up(run, heads.split(self.head_groups), shared, parameters)
         return leave(y, group=self.tp_group), None
@@ -311,10 +310,12 @@ class _Linear(ColumnParallelLinear):
     def forward(
         self, x: Tensor, heads: Heads | None = None, widths: Sequence[int] | None = None
     ) -> tuple[Tensor, Any]:
-        """Args:
-        heads: which are given. Some alone send nothing to other tensor-parallel ranks: x is all
-            tokens, and the ranks' gradients of it have to be added up.
-        widths: how many numbers of a head come now, and from the function returned.
+        """What x [tokens, ...] gives for some heads, or all.
+
+        Args:
+            heads: which. For a part of them nothing is sent to other tensor-parallel ranks: x has
+                all tokens, and the ranks' gradients of it are to be added up by others.
+            widths: how many numbers of a head come now, and from the function returned.
         """
         if widths is None and (heads is None or heads.whole):
             return super().forward(x)

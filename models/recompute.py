@@ -2,9 +2,10 @@
 
 Megatron's recomputation runs a layer again whole. Here a layer is a chain of two parts, its mixer
 and its MLP; the second run makes the first part, and then of the last one a tile of tokens at a
-time, each with its gradient. So the activations of an MLP never exist for all tokens, and nothing
-is made three times. What the first run exchanged and is small (memory states, halos), or is costly
-(the output of softmax attention), is kept: see `seqpar/kept.py`.
+time, each with its gradient. So the activations of an MLP never exist for all tokens; those of a
+mixer may be of a group of its heads (`groups.py`). What the first run exchanged and is small
+(memory states, halos), or is costly (the output of softmax attention), is kept: see
+`seqpar/kept.py`.
 """
 
 from collections.abc import Callable, Sequence
