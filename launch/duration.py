@@ -45,9 +45,11 @@ def step_seconds(config: Config, sizes: Sizes, cluster: Cluster) -> dict[str, fl
 def state_exchange(
     config: Config, sizes: Sizes, cluster: Cluster, mixer: str
 ) -> tuple[Choice, int]:
-    """How the states of one linear layer cross ranks, and the bytes that a rank sends at most."""
-    m = Count(config, sizes).model
-    heads = m.num_heads // sizes.tensor
+    """How the states of a linear layer, or of one of its groups of heads, cross ranks; and the
+    bytes of the layer that a rank sends at most."""
+    count = Count(config, sizes)
+    m, groups = count.model, count.groups(mixer)
+    heads = m.num_heads // sizes.tensor // groups
     a = {"gla": m.head_dim, "mamba2": 1, "retention": 1}.get(mixer, m.head_dim**2)
     b = m.head_dim * m.value_head_dim
     wanted, layout = config.parallel.exchange, config.parallel.layout
@@ -62,7 +64,7 @@ def state_exchange(
         "doubling": (ranges * sizes.context - 1).bit_length() * packed,
         "twolevel": (inside - 1) * packed + across,
     }
-    return choice, sent.get(choice.name, ranges * b_bytes)
+    return choice, groups * sent.get(choice.name, ranges * b_bytes)
 
 
 @lru_cache(maxsize=4096)

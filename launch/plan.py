@@ -232,7 +232,7 @@ def describe(plan: Plan) -> str:
         lines += ["", "bytes that a rank sends, and microseconds, for one layer and direction"]
         for mixer in layers:
             choice, sent = state_exchange(config, sizes, cluster, mixer)
-            micros = 1e6 * choice.seconds[choice.name]
+            micros = 1e6 * choice.seconds[choice.name] * plan.fullest.groups(mixer)
             lines.append(f"  states of {mixer:<20} {sent:14,.0f}  {micros:10.1f}  by {choice.name}")
         if "softmax" in layer_mixers(m):
             kv = plan.fullest.tokens * 2 * max(1, m.kv_heads // sizes.tensor) * m.softmax_head_dim

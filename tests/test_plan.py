@@ -180,22 +180,28 @@ def test_flops_by_part_add_up_to_those_of_the_model() -> None:
         assert 3 * total == pytest.approx(step_flops(config.model, [[0, 512]]), rel=0.02)
 
 
-def sent(rank: int, exchange: str, layout: str) -> int:
+def sent(rank: int, exchange: str, layout: str, groups: int) -> int:
     comm = Communicator(torch.distributed.group.WORLD)
     tokens = Layout(64, comm.size, layout)
     sp = SequenceParallel(layout=tokens, exchange=exchange, comm=comm)
     q, k, v = (torch.randn(1, tokens.local_tokens(rank), 4, 16) for _ in range(3))
     decay = torch.nn.functional.logsigmoid(torch.randn(1, tokens.local_tokens(rank), 4, 16))
-    seqpar.linear_attention(q, k, v, decay, sp=sp)
+    for some in zip(*(x.chunk(groups, 2) for x in (q, k, v, decay)), strict=True):
+        seqpar.linear_attention(*some, sp=sp)
     return comm.total().bytes_sent
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize(
+    ("layout", "groups"), [("contiguous", 1), ("zigzag", 1), ("contiguous", 2)]
+)
 @pytest.mark.parametrize("exchange", ["allgather", "ring", "allscan", "doubling", "twolevel"])
-def test_bytes_of_an_exchange_are_those_that_are_sent(exchange: str, layout: str) -> None:
+def test_bytes_of_an_exchange_are_those_that_are_sent(
+    exchange: str, layout: str, groups: int
+) -> None:
     config = Config()
     config.model = ModelConfig(pattern="G", num_heads=4, head_dim=16, value_head_dim=16)
     config.parallel.exchange, config.parallel.layout = exchange, layout  # type: ignore[assignment]
+    config.memory.recompute, config.memory.head_groups = ["linear"], groups
     _, counted = state_exchange(config, Sizes(4, 1, 1, 1, 1), H200, "gla")
-    most = max(run_ranks(sent, 4, exchange, layout))
+    most = max(run_ranks(sent, 4, exchange, layout, groups))
     assert 0.8 * counted <= most <= counted
