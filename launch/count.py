@@ -303,8 +303,9 @@ class Count:
         Gradients of activations are taken to be as large as the activations.
         """
         memory, m = self.config.memory, self.model
-        most = max(map(self._layer_backward, set(self.mixers)))
-        found = {"a layer's backward pass": most + max(map(self._restored, self.runs))}
+        most = max(map(self._layer_backward, set(self.mixers)), default=0.0)
+        most += max(map(self._restored, self.runs), default=0.0)
+        found = {"a layer's backward pass": most}
         if self.last:
             rows = m.vocab_size / self.sizes.tensor
             chunk = min(memory.loss_tokens or self.tokens, self.tokens)

@@ -84,6 +84,12 @@ def test_mistakes_are_told(words: list[str], message: str) -> None:
         plan.main([MOE, "parallel.context=null", *words])
 
 
+def test_a_pipeline_rank_without_layers() -> None:
+    words = ["parallel.pipeline=2", "parallel.stages=[24,0]"]
+    made = plan.make_plan(load_config(HYBRID, words), 2, H200)
+    assert Count(made.config, made.sizes, rank=1).memory()["workspace"] > 0  # of the loss
+
+
 def test_a_cluster_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("gpu: L40S\nmemory: 44.5\nmatmul: 2e14\ngpus_per_node: 4\n")
