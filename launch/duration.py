@@ -39,6 +39,10 @@ def step_seconds(config: Config, sizes: Sizes, cluster: Cluster) -> dict[str, fl
     if sizes.pipeline > 1:
         found["pipeline filling and emptying"] = _total(micro) * (sizes.pipeline - 1) / turns
     ends = [_end(count, cluster) for count in counts]
+    if config.optimizer.overlap:
+        for end in ends:
+            backward = _total(micro) / 2  # of the last micro-batch, at least
+            end["gradients across ranks"] = max(0.0, end["gradients across ranks"] - backward)
     return found | max(ends, key=_total)
 
 
