@@ -6,6 +6,7 @@ A recipe is a configuration, a length, a number of GPUs, and what else is change
 from seqpar.launch.cluster import CLUSTERS
 from seqpar.launch.config import CONFIGS, load_config
 from seqpar.launch.plan import GIB, Plan, describe, make_plan
+from seqpar.models.config import layer_mixers
 
 CLUSTER = "h200"
 LESS = "memory.recompute=[linear,softmax,mlp]"
@@ -60,14 +61,21 @@ def plans(name: str) -> list[tuple[str, Plan]]:
     return found
 
 
+def summary(plan: Plan) -> str:
+    """A plan in one line."""
+    gpus = f"{plan.gpus:3} GPU{' ' if plan.gpus == 1 else 's'}"
+    linear = "softmax" not in layer_mixers(plan.config.model)
+    return (
+        f"{plan.config.data.sequence_length:10,} tokens on {gpus}: "
+        f"{sum(plan.memory.values()) / GIB:6.1f} GiB, {plan.tokens_per_second:8,.0f} tokens/s"
+        f"{', no softmax layers' if linear else ''}"
+    )
+
+
 def page(name: str) -> str:
     """The text beside one configuration."""
     found = plans(name)
-    rows = [
-        f"{plan.config.data.sequence_length:10,} tokens on {plan.gpus:3} GPUs: "
-        f"{sum(plan.memory.values()) / GIB:6.1f} GiB, {plan.tokens_per_second:8,.0f} tokens/s"
-        for _, plan in found
-    ]
+    rows = [summary(plan) for _, plan in found]
     parts = [INTRODUCTION.format(name=name, summary="\n".join(rows))]
     parts += [f"$ {command}\n\n{describe(plan)}\n" for command, plan in found]
     return "\n\n".join(parts)
