@@ -150,7 +150,7 @@ def conv_kernel(
     offsets = cols // DIM * (xh * X_UNIT) + cols % DIM
     stride = xt * X_UNIT
     row = batches.to(tl.int64) * CHANNELS
-    x += batch * (xb * X_UNIT) + part * length * stride
+    x += batch * xb * X_UNIT + part * length * stride
     y += (batch * RANGES + part) * length * CHANNELS
     halo += (part + 1) * (WIDTH - 1) * row + batch * CHANNELS
     seen += part * length
@@ -198,8 +198,8 @@ def conv_backward_kernel(
     stride = xt * X_UNIT
     y_stride = yt * Y_UNIT
     row = batches.to(tl.int64) * CHANNELS
-    x += batch * (xb * X_UNIT) + part * length * stride
-    dy += batch * (yb * Y_UNIT) + part * length * y_stride
+    x += batch * xb * X_UNIT + part * length * stride
+    dy += batch * yb * Y_UNIT + part * length * y_stride
     dx += (batch * RANGES + part) * length * CHANNELS
     halo += (part + 1) * REACH * row + batch * CHANNELS
     d_halo += (part + 1) * REACH * row + batch * CHANNELS

@@ -113,6 +113,8 @@ def run_hopper_kernel(
         halves += gl.arange(0, DECAYED, channels_layout(num_warps))
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
+    fence_async_shared()
+    barrier()
 
     z_index = gl.arange(0, DZ, gl.SliceLayout(1, STATE))
     y_index = gl.arange(0, DY, gl.SliceLayout(0, STATE))

@@ -10,6 +10,16 @@ leaving the registers. Each warpgroup has 64 columns and goes its own way, so th
 work for one while the other rounds. One more warp has the tiles brought by the copy engine, STAGES
 steps ahead, and works out the decays.
 
+What keeps these warps apart, for no barrier holds all of them. A slot of the ring, tiles and lines,
+is the bringing warps' from `free` to `ready` and the others' from `ready` to `free`. Lines are
+ordinary stores; the barrier of the bringing warps orders them before the one arrival at `ready`,
+and tiles are counted in by the copy engine. A warpgroup arrives at `free` when its products of the
+slot have been awaited and, behind its own barrier, its loads are done; nothing was written to
+tiles, so the engine may overwrite them without a fence. With u and r it is the other way: each
+thread fences what it stored for the engine, the barrier gathers the warps, one thread starts the
+copy. Their tiles are written again two steps later, and before its barrier each step has waited for
+the copies that the step before started.
+
 U is rounded once: what is written is what goes into the state, lest the passes that form the states
 again from it should drift away. With scalar decay, which is multiplied with it, and in summaries it
 goes in in two parts.

@@ -24,7 +24,7 @@ def _rows(tile, tokens, HEADS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constex
 
 @triton.jit
 def _load(x, batch, token, head, cols, inside, xb, xt, xh, UNIT: tl.constexpr):
-    x += batch * (xb * UNIT) + token * (xt * UNIT) + head * (xh * UNIT) + cols
+    x += batch * xb * UNIT + token * (xt * UNIT) + head * (xh * UNIT) + cols
     return tl.load(x, mask=inside, other=0.0).to(tl.float32)
 
 
