@@ -1,30 +1,20 @@
-"""The command line: `seqpar COMMAND ...`, a table of modules that each have a `main(argv)`."""
+"""The command line: `seqpar COMMAND ...`. Each command is the `main(argv)` of a module here."""
 
 import argparse
 import difflib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 from seqpar.launch import terminal
 
-
-@dataclass(frozen=True)
-class Command:
-    """A subcommand: its help, and the module of this folder whose `main(argv)` runs it."""
-
-    help: str
-    module: str
-
-
 COMMANDS = {
-    "train": Command("train a model, alone or on all ranks of torchrun", "train"),
-    "prepare": Command("turn texts into a corpus of token ids", "prepare"),
-    "eval": Command("see whether a trained model uses its context, and let it write", "eval"),
-    "plan": Command("say whether a run fits and how long it takes, without a GPU", "plan"),
-    "doctor": Command("look whether this machine is ready to train", "doctor"),
+    "train": "train a model, alone or on all ranks of torchrun",
+    "prepare": "turn texts into a corpus of token ids",
+    "eval": "see whether a trained model uses its context, and let it write",
+    "plan": "say whether a run fits and how long it takes, without a GPU",
+    "doctor": "look whether this machine is ready to train",
 }
 
 EXAMPLES = """examples:
@@ -41,8 +31,8 @@ def parser() -> argparse.ArgumentParser:
     description = "Trains language models on sequences of millions of tokens."
     top = terminal.command_parser("seqpar", description, EXAMPLES)
     commands = top.add_subparsers(metavar="COMMAND", required=True)
-    for name, command in COMMANDS.items():
-        commands.add_parser(name, help=command.help).add_argument("words", nargs="*")
+    for name, does in COMMANDS.items():
+        commands.add_parser(name, help=does).add_argument("words", nargs="*")
     shells = commands.add_parser("completion", help="print a script that completes words")
     shells.add_argument("shell", choices=["bash", "zsh", "tcsh"])
     return top
@@ -52,17 +42,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     words = list(sys.argv[1:] if argv is None else argv)
     name = words[0] if words else "--help"
-    if name in COMMANDS:
-        return _run(COMMANDS[name], words[1:])
-    if not name.startswith("-") and name != "completion":
+    if not name.startswith("-") and name not in (*COMMANDS, "completion"):
         close = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {close[0]}? " if close else ""
         sys.exit(f"error: {name} is not a command; {hint}commands: {', '.join(COMMANDS)}")
-    shell = parser().parse_args([name, *words[1:]]).shell
     try:
-        print(_completion(shell))
+        if name in COMMANDS:
+            terminal.plain_messages()
+            import_module(f"seqpar.launch.{name}").main(words[1:])
+        else:
+            print(_completion(parser().parse_args([name, *words[1:]]).shell))
     except ModuleNotFoundError as error:
-        _missing(error)
+        if (error.name or "seqpar").startswith("seqpar"):
+            raise
+        sys.exit(f"error: {error.name} is not installed: pip install 'seqpar[train]'")
 
 
 def _completion(shell: str) -> str:
@@ -83,20 +76,6 @@ def _completion(shell: str) -> str:
         words.complete = dict.fromkeys(files_or_settings, "_seqpar_words")
     script: str = shtab.complete(top, shell, preamble=files_or_settings)
     return script
-
-
-def _run(command: Command, words: list[str]) -> None:
-    terminal.plain_messages()
-    try:
-        import_module(f"seqpar.launch.{command.module}").main(words)
-    except ModuleNotFoundError as error:
-        _missing(error)
-
-
-def _missing(error: ModuleNotFoundError) -> None:
-    if (error.name or "seqpar").startswith("seqpar"):
-        raise error
-    sys.exit(f"error: {error.name} is not installed: pip install 'seqpar[train]'")
 
 
 if __name__ == "__main__":

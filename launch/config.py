@@ -80,6 +80,9 @@ class OptimizerSection:
     eps: float = 1e-8
     clip_grad: float = 1.0
     distributed: bool = False  # its state is shared out over data- and context-parallel ranks
+    # whether gradients are summed over ranks while the backward pass goes on, and parameters
+    # (distributed) gathered while the next forward pass begins
+    overlap: bool = True
 
 
 @dataclass
@@ -214,8 +217,6 @@ def _resolve(value: Any, kind: Any, key: str) -> Any:
         check_choice(key, value, typing.get_args(kind))
     if int in _alternatives(kind):
         return _whole_number(value, key)
-    if isinstance(value, int) and not isinstance(value, bool) and _alternatives(kind) == {str}:
-        return str(value)  # a word such as checkpoint.resume=20
     return value
 
 
@@ -264,18 +265,10 @@ def all_keys(kind: Any = None, prefix: str = "") -> list[str]:
 
 def _unknown(key: str, kind: Any) -> str:
     section, _, name = key.rpartition(".")
-    keys = all_keys()
-    names = {other.rpartition(".")[2] for other in keys}
-    meant = (
-        # the right name in the wrong section, a misspelt key, a misspelt name in the wrong section
-        [other for other in keys if other.rpartition(".")[2] == name]
-        or difflib.get_close_matches(key, keys, 1, 0.8)
-        or [
-            other
-            for close in difflib.get_close_matches(name, names, 1, 0.7)
-            for other in keys
-            if other.rpartition(".")[2] == close
-        ]
-    )
+    names = {other: other.rpartition(".") for other in all_keys()}
+    close = difflib.get_close_matches(name, [last for *_, last in names.values()], 1, 0.7)
+    meant = [other for other, (*_, last) in names.items() if last in close]
+    # a misspelt name is of its own section, a right one of another
+    meant = [other for other in meant if names[other][0] == section] or meant
     hint = f"did you mean {' or '.join(meant)}? " if meant else ""
     return f"{key} is not a setting; {hint}{section or 'settings'}: {_listed(kind)}"

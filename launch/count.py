@@ -223,7 +223,7 @@ class Count:
         if not m.num_experts:
             return common + 5 * m.ffn_hidden_size * e / tp
         shared = self.sizes.expert_tensor  # ranks that gather each other's tokens
-        row = m.hidden_size * shared + 6 * m.moe_ffn_hidden_size  # of a token for an expert
+        row = m.hidden_size * shared + 3 * m.moe_ffn_hidden_size  # of a token for an expert
         router = m.num_experts * 9 + m.moe_top_k * 32
         return common + (m.moe_top_k * row * e + router) / tp
 
@@ -295,7 +295,11 @@ class Count:
         most = 0.0
         for mixer in set(self.mixers):
             size = self.tokens * self.mixer_bytes(mixer)
-            most = max(most, max(size, mlp) + (size if self.again(mixer) else 0))
+            # Gradients of all experts come at once; what is made again sums them in fp32 first, and
+            # autograd copies what it is handed.
+            experts = layer_parameters(m, mixer, self.sizes).experts
+            experts *= 2 * self.element + 4 if self.mlp_again else self.element
+            most = max(most, max(size, mlp) + (size if self.again(mixer) else 0) + experts)
         found = {"a layer's backward pass": most + 3 * self.tokens * self.hidden}
         if self.last:
             rows = m.vocab_size / self.sizes.tensor

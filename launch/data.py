@@ -6,7 +6,6 @@ reads only its own tokens. The state of the stream is one number: the index of t
 """
 
 import json
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,9 +20,6 @@ from torch import Tensor
 from seqpar import Layout
 from seqpar.launch.config import Config
 from seqpar.launch.prepare import Metadata
-
-_HEADER = struct.Struct("<9sQBQQ")  # magic, version, token type, sequences, document boundaries
-_MAGIC = b"MMIDIDX\x00\x00"
 
 
 @dataclass(frozen=True)
@@ -53,11 +49,8 @@ class Corpus:
 
     def __init__(self, prefix: str, vocab_size: int, field: str = "data.path") -> None:
         self.name, self._vocab_size = f"{field}={prefix}", vocab_size
-        from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
-
-        self._check_files(prefix, DType)
-        self._dataset = IndexedDataset(prefix)
         self._data = Path(f"{prefix}.bin")
+        self._dataset = self._open(prefix)
         self._size = self._data.stat().st_size
         # a document may be several sequences of the format; they lie one after the other in .bin
         self._first = np.asarray(self._dataset.document_indices[:-1])
@@ -89,33 +82,31 @@ class Corpus:
             )
         return tokens
 
-    def _check_files(self, prefix: str, token_types: Any) -> None:
-        """Refuse here what Megatron's reader meets with an assertion, or reads past the end of."""
-        index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    def _open(self, prefix: str) -> Any:
+        """Megatron's reader of the files; it would read past the end of those that are cut."""
+        from megatron.core.datasets.indexed_dataset import IndexedDataset, _IndexReader
+
+        again = "it is damaged or half-written: prepare it again"
         try:
-            with index.open("rb") as file:
-                head = file.read(_HEADER.size)
-            size, data_size = index.stat().st_size, data.stat().st_size
-            data.open("rb").close()
+            for path in (Path(f"{prefix}.idx"), self._data):
+                path.open("rb").close()
+            index = _IndexReader(f"{prefix}.idx", multimodal=False)
         except OSError as error:
             raise ValueError(
                 f"{self.name}: cannot read {error.filename} ({error.strerror}); prepare it with "
                 f"seqpar prepare INPUT... --output {prefix}"
             ) from None
-        again = "it is damaged or half-written: prepare it again"
-        if len(head) < _HEADER.size or not head.startswith(_MAGIC):
-            raise ValueError(f"{self.name}: {index} is not an index of Megatron's format; {again}")
-        _, version, code, sequences, boundaries = _HEADER.unpack(head)
-        expected = _HEADER.size + sequences * (4 + 8) + boundaries * 8
-        if version != 1 or not 1 <= code <= 8 or size < expected:
-            raise ValueError(f"{self.name}: {index} has {size} bytes, not {expected}; {again}")
-        lengths = np.fromfile(index, dtype=np.int32, count=sequences, offset=_HEADER.size)
-        tokens = int(lengths.sum(dtype=np.int64))
+        except Exception:  # assertions, and whatever its arithmetic on a wrong file meets
+            raise ValueError(
+                f"{self.name}: {prefix}.idx is not an index of Megatron's format; {again}"
+            ) from None
+        tokens = int(index.sequence_lengths.sum(dtype=np.int64))
         if not tokens:
             raise ValueError(f"{self.name}: the corpus is empty; prepare one with more text")
-        expected = tokens * token_types.size(code)
-        if data_size != expected:
-            raise ValueError(f"{self.name}: {data} has {data_size} bytes, not {expected}; {again}")
+        size, expected = self._data.stat().st_size, tokens * index.dtype_size
+        if size != expected:
+            raise ValueError(f"{self.name}: {self._data} has {size} bytes, not {expected}; {again}")
+        return IndexedDataset(prefix)
 
     def _read_metadata(self, path: Path) -> Metadata | None:
         if not path.exists():

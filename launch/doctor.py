@@ -5,15 +5,15 @@ Each check yields findings: what was looked at, what was found, and what to do i
 
 import ctypes
 import errno
-import json
 import os
 import resource
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata, util
 from pathlib import Path
@@ -22,7 +22,9 @@ import torch
 import torch.distributed as dist
 
 from seqpar.comm import Communicator
+from seqpar.launch import checkpoint_files
 from seqpar.launch.config import Config, load_config
+from seqpar.launch.failure import leave
 from seqpar.launch.ranks import device_of_this_rank, start_ranks
 from seqpar.launch.terminal import command_parser, plain_messages
 
@@ -146,49 +148,35 @@ def host() -> Findings:
 def disk(config: Config) -> Findings:
     folder = Path(config.log.folder).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
-    probe = existing / f".doctor_{os.getpid()}"
     block = os.urandom(2**20)
     try:
         if existing != folder and folder.exists():
             raise NotADirectoryError(errno.ENOTDIR, f"{folder} is a file, not a folder")
-        begin = time.perf_counter()
-        with probe.open("wb") as file:
+        with tempfile.NamedTemporaryFile(dir=existing, prefix=".doctor-") as file:
+            begin = time.perf_counter()
             for _ in range(32):
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
-        speed = 32 * len(block) / (time.perf_counter() - begin)
-        ahead = probe.stat().st_mtime - time.time()
+            speed = 32 * len(block) / (time.perf_counter() - begin)
     except OSError as error:
         remedy = "choose another log.folder, or make room and give the right to write"
         yield Finding(BAD, "log.folder", f"{existing}: {error.strerror}", remedy)
         return
-    finally:
-        probe.unlink(missing_ok=True)
     free = shutil.disk_usage(existing).free
     found = f"{folder}: {free / 1e9:.0f} GB free, writes {speed / 1e6:.0f} MB/s"
     yield Finding(GOOD, "log.folder", found)
-    if abs(ahead) > 5:
-        remedy = "its server's clock is off: checkpoint.keep_hours will be, too"
-        yield Finding(NOTE, "log.folder", f"{ahead:+.0f} s from this clock", remedy)
     yield from _checkpoints(folder / "checkpoints", free)
 
 
 def _checkpoints(folder: Path, free: int) -> Findings:
-    found = sorted(folder.glob("step_????????"))
+    found = checkpoint_files.complete(folder)
     for path in reversed(found):
-        try:
-            files = json.loads((path / "manifest.json").read_text())["files"]
-            wrong = [
-                name for name, (size, _) in files.items() if (path / name).stat().st_size != size
-            ]
-        except (OSError, ValueError, KeyError) as error:
-            wrong = [str(error)]
-        if wrong:
+        if wrong := checkpoint_files.damage(path, contents=False):
             remedy = "checkpoint.resume=latest passes over it; remove it"
-            yield Finding(NOTE, "checkpoint", f"{path.name} is damaged: {wrong[0]}", remedy)
+            yield Finding(NOTE, "checkpoint", f"{path.name} is damaged: {wrong}", remedy)
             continue
-        size = sum(size for size, _ in files.values())
+        size = sum(file.stat().st_size for file in path.iterdir())
         told = f"{len(found)}, the newest good one is {path.name} ({size / 1e9:.2g} GB)"
         if free < 2 * size:
             remedy = "there is hardly room for another: set checkpoint.keep, or make room"
@@ -257,14 +245,12 @@ def _nvlink() -> str:
     return f" ({', '.join(sorted(kinds))})" if kinds else ", none by NVLink"
 
 
-def examine(config: Config | None, control: Communicator | None) -> list[Finding]:
-    """All findings on this machine; of `control`'s ranks, if there are any."""
-    checks: list[Callable[[], Findings]] = [versions, gpus, network, host]
+def examine(config: Config | None) -> list[Finding]:
+    """All findings on this machine."""
+    checks = [versions(), gpus(), network(), host()]
     if config is not None:
-        checks += [lambda: disk(config), lambda: data(config)]
-    if control is not None:
-        checks.append(lambda: ranks(control))
-    return [finding for check in checks for finding in check()]
+        checks += [disk(config), data(config)]
+    return [finding for check in checks for finding in check]
 
 
 EXAMPLES = """examples:
@@ -286,19 +272,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="whose data and folders to see")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args(argv)
-    control = start_ranks() if "RANK" in os.environ else None
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     try:
         config = load_config(args.config, args.overrides) if args.config else None
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        leave(str(error), rank)
     plain_messages()
-    findings = examine(config, control)
-    if control is not None:
-        findings += _of_other_nodes(findings, control)
+    findings = examine(config) if local_rank == 0 else []
+    if "RANK" in os.environ:
+        control = start_ranks()
+        findings += [*ranks(control), *_of_other_nodes(findings, control)]
         control.barrier()
         dist.destroy_process_group()
     faults = sum(finding.level == BAD for finding in findings)
-    if control is not None and control.rank > 0:
+    if rank > 0:
         sys.exit(faults > 0)
     width = max(len(finding.what) for finding in findings)
     for finding in findings:

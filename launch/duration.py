@@ -24,7 +24,7 @@ _MEASURED = {
     "unit": (0.13e-3, 0.449e-3),
 }
 _MEASURED_BANDWIDTH = 4.27e12
-_EXPERT = (0.85e-3, 2.55e-3)  # seconds of the host to launch one expert: forward, both ways
+_GROUPED = 0.75  # of the rate of large products, what grouped ones of experts are taken to reach
 _MOVED = (1.5, 4.0)  # how often norms, gates and activations move what a layer keeps: forward, both
 _OPTIMIZER = 40  # bytes that AdamW moves a parameter
 
@@ -102,15 +102,9 @@ def _microbatch(count: Count, cluster: Cluster) -> Parts:
             found["states across ranks"] += 2 * choice.seconds[choice.name]
     if count.last:
         flops += 4 * count.loss_flops
-    found["matrix products"] = flops / cluster.matmul
+    experts = len(count.mixers) * count.mlp_flops * (3 + mlp_again) if m.num_experts else 0.0
+    found["matrix products"] = (flops - experts + experts / _GROUPED) / cluster.matmul
     found["softmax attention"] = attention
-    launching = experts = 0.0
-    if m.num_experts:
-        experts = len(count.mixers) * count.mlp_flops * (3 + mlp_again)
-        own = m.num_experts / sizes.expert
-        forward, both = _EXPERT
-        launching = len(count.mixers) * own * count.tiles * (both + mlp_again * forward)
-    found["launching experts one by one"] = max(0.0, launching - experts / cluster.matmul)
     found["norms, gates, activations"] = moved * count.tokens / cluster.memory_bandwidth
     compute = _total(found)
     softmax = count.mixers.count("softmax")

@@ -174,12 +174,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--step", default="latest", help="of the checkpoint; default: the newest")
     parser.add_argument("--length", help="tokens of each text; default: data.sequence_length")
-    parser.add_argument("--documents", type=int, default=16, help="how many, by position")
+    parser.add_argument("--documents", default="16", help="how many, by position")
     parser.add_argument("--needle", action="store_true", help="hide a number, and ask for it")
     parser.add_argument("--depths", default="0,0.25,0.5,0.75,1", help="where it is hidden")
-    parser.add_argument("--trials", type=int, default=4, help="numbers hidden at each depth")
+    parser.add_argument("--trials", default="4", help="numbers hidden at each depth")
     parser.add_argument("--prompt", help="write on from this text")
-    parser.add_argument("--tokens", type=int, default=100, help="how many to write")
+    parser.add_argument("--tokens", default="100", help="how many to write")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
     parser.add_argument("--tokenizer", help="of a corpus that does not name it")
     args = parser.parse_intermixed_args(argv)
@@ -196,12 +196,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _evaluate(config: Config, args: argparse.Namespace) -> None:
     field = "path" if config.data.held_out is None else "held_out"
     corpus = open_corpus(config, field)
-    length = config.data.sequence_length
-    if args.length:
-        length = whole_number("--length", args.length)
-    depths = [float(depth) for depth in args.depths.split(",")]
+    length = whole_number("--length", args.length or str(config.data.sequence_length))
+    documents = whole_number("--documents", args.documents)
+    trials, tokens = whole_number("--trials", args.trials), whole_number("--tokens", args.tokens)
+    try:
+        depths = [float(depth) for depth in args.depths.split(",")]
+    except ValueError:
+        depths = [-1]
     if not all(0 <= depth <= 1 for depth in depths):
-        raise ValueError(f"--depths={args.depths} must be numbers from 0 to 1")
+        raise ValueError(f"--depths={args.depths} must be numbers from 0 to 1, such as 0,0.5,1")
+    if not args.temperature >= 0:
+        raise ValueError(f"--temperature={args.temperature} must be at least 0; nearest: 0")
+    if args.step != "latest" and not args.step.isdecimal():
+        raise ValueError(f'--step={args.step} must be "latest" or the step of a checkpoint')
     start_ranks()
     model, path = load_model(config, args.step)
     print(f"checkpoint {path}; {corpus.name}")
@@ -217,18 +224,18 @@ def _evaluate(config: Config, args: argparse.Namespace) -> None:
             temperature=args.temperature,
             seed=config.train.seed,
         )
-        print(args.prompt + tokenizer.decode(np.array(list(islice(written, args.tokens)))))
+        print(args.prompt + tokenizer.decode(np.array(list(islice(written, tokens)))))
     if args.needle:
         tokenizer = _tokenizer(corpus, args.tokenizer)
-        rows = needle(model, corpus, tokenizer, length, depths, args.trials, config.train.seed)
-        print(f"a number hidden in {length:,} tokens, {args.trials} times at each depth")
+        rows = needle(model, corpus, tokenizer, length, depths, trials, config.train.seed)
+        print(f"a number hidden in {length:,} tokens, {trials} times at each depth")
         print("   depth    found  loss of the answer  without the number")
         for row in rows:
             print(f"{row.depth:8.0%} {row.found:8.0%} {row.loss:19.4f} {row.without:19.4f}")
     if args.prompt is None and not args.needle:
         print(f"loss in nats a token by position, up to {length:,} tokens of a document")
         print("      positions     tokens  with all before  with its part alone")
-        for place in by_position(model, corpus, args.documents, length):
+        for place in by_position(model, corpus, documents, length):
             print(
                 f"{place.start:>7,} {place.stop - 1:>7,} {place.tokens:>10,} {place.loss:16.4f} "
                 f"{place.alone:20.4f}"

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -58,6 +58,21 @@ def together(comm: Communicator, work: Callable[[], T]) -> T:
     if comm.all_reduce(failed, "max").item():
         raise UserError(next(text for text in comm.all_gather_object(message) if text is not None))
     return result  # type: ignore[return-value]
+
+
+def agree(comm: Communicator, settings: dict[str, Any]) -> None:
+    """Raise `UserError` on every rank unless all have the same `settings`, by name.
+
+    Nodes are started one by one: ranks with other settings would wait for each other.
+    """
+    everywhere = comm.all_gather_object(settings)
+    for rank, other in enumerate(everywhere):
+        for name, value in other.items():
+            if value != everywhere[0].get(name):
+                raise UserError(
+                    f"{name} is {everywhere[0].get(name)!r} on rank 0 and {value!r} on rank {rank};"
+                    " start all nodes with the same settings and data"
+                )
 
 
 def leave(message: str, rank: int, code: int | None = None) -> NoReturn:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from seqpar.comm import Communicator
 from seqpar.incremental import Incremental
-from seqpar.launch import checkpoint
+from seqpar.launch import checkpoint, checkpoint_files
 from seqpar.launch.checks import ALONE
 from seqpar.launch.config import Config, ParallelSection
 from seqpar.launch.failure import together
@@ -33,11 +33,11 @@ def load_model(config: Config, step: str = "latest") -> tuple[torch.nn.Module, P
     """
     control = Communicator(None)
     folder = Path(config.log.folder) / "checkpoints"
-    path = checkpoint.intact(control, folder, step)
+    path = checkpoint_files.intact(control, folder, step)
     assert path is not None
     together(
         control,
-        lambda: checkpoint.checked_manifest(path, checkpoint.model_identity(config.model)),
+        lambda: checkpoint_files.read_manifest(path, checkpoint.model_identity(config.model)),
     )
     alone = replace(config, parallel=ParallelSection(softmax="ring"), memory=MemoryConfig())
     _, groups, [model] = build_model(alone, ALONE)

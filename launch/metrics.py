@@ -22,8 +22,12 @@ class Recorder:
 
     def __init__(self, config: Config, first_step: int) -> None:
         folder = Path(config.log.folder)
+        path = folder / METRICS
+        before = path.read_bytes() if first_step and path.exists() else b""
         # unbuffered: what a full disk does not take must not come again when the file is closed
-        self._file = (folder / METRICS).open("ab", buffering=0)
+        self._file = path.open("ab", buffering=0)
+        if before and not before.endswith(b"\n"):
+            self._file.write(b"\n")  # half a line, of a disk that was full
         self._tensorboard: Any = None
         self._wandb: Any = None
         if config.log.tensorboard and find_spec("tensorboard"):
@@ -53,23 +57,24 @@ class Recorder:
 
 
 def _wandb(config: Config) -> Any:
+    folder = Path(config.log.folder)
     try:
         import wandb
-    except ImportError:
+
+        # the folder's name, so that a resumed run goes on in the same curves
+        run = wandb.init(
+            project=config.log.wandb,
+            id=folder.name,
+            name=folder.name,
+            dir=str(folder),
+            resume="allow",
+            config=to_container(config),
+        )
+    except Exception as error:  # it is not there, nobody has logged in, ...
         raise ValueError(
-            f"log.wandb={config.log.wandb}: the package is not installed; pip install wandb, or "
+            f"log.wandb={config.log.wandb}: {error}; pip install wandb and run wandb login, or "
             "leave log.wandb out"
         ) from None
-    folder = Path(config.log.folder)
-    # the folder's name, so that a resumed run goes on in the same curves
-    run = wandb.init(
-        project=config.log.wandb,
-        id=folder.name,
-        name=folder.name,
-        dir=str(folder),
-        resume="allow",
-        config=to_container(config),
-    )
     run.define_metric("*", step_metric="trained_steps")
     return run
 

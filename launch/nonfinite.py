@@ -7,10 +7,13 @@ is not finite; the first of all ranks, in the order of the computation, is the c
 
 import re
 from collections.abc import Callable
+from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from seqpar.launch.setup import Run
 
@@ -31,10 +34,7 @@ def locate(run: Run, compute: Callable[[], object]) -> str:
     Args:
         compute: the forward and backward pass, again.
     """
-    found: list[Found] = []
-    for index, stage in enumerate(run.model):
-        place = index * run.sizes.pipeline + run.groups.pp.rank()
-        found += _weights(run, stage, place)
+    found = [each for index, stage in enumerate(run.model) for each in _weights(run, stage, index)]
     if not any(run.control.all_gather_object(bool(found))):
         found = _watched(run, compute)
     everywhere = [each for own in run.control.all_gather_object(found[:1]) for each in own]
@@ -46,60 +46,55 @@ def locate(run: Run, compute: Callable[[], object]) -> str:
     return min(everywhere)[1]
 
 
-def _weights(run: Run, stage: nn.Module, place: int) -> list[Found]:
+def _weights(run: Run, stage: nn.Module, index: int) -> list[Found]:
+    order = (0, _place(run, index), 0, run.control.rank)
     return [
-        ((0, place, 0, run.control.rank), f"parameter {_name(stage, name)} is {_kind(p)} itself")
+        (order, f"parameter {_name(stage, name)} is {_kind(p)} itself")
         for name, p in stage.named_parameters()
         if not p.isfinite().all()
     ]
 
 
 def _watched(run: Run, compute: Callable[[], object]) -> list[Found]:
-    """What is not finite on this rank, in the order in which it is computed."""
-    rank, count = run.control.rank, [0]
+    """What is not finite on this rank, first."""
+    rank, moment = run.control.rank, count()
     found: list[Found] = []
-    handles: list[Any] = []
+    modules: dict[nn.Module, tuple[str, int]] = {}
 
-    def note(x: Tensor, what: str, order: tuple[int, int], rank_order: int) -> None:
-        count[0] += 1
+    def note(x: Tensor, what: str, backward: bool, place: int) -> None:
+        now = next(moment)
         if not found and not x.isfinite().all():
-            text = f"{what} is {_kind(x)} on rank {rank} ({run.device})"
-            found.append(((*order, count[0], rank_order), text))
+            # a state goes from earlier ranks to later ones, its gradient the other way
+            order = (2, -place, now, -rank) if backward else (1, place, now, rank)
+            found.append((order, f"{what} is {_kind(x)} on rank {rank} ({run.device})"))
 
+    def after(module: nn.Module, inputs: Any, output: Any) -> None:
+        name, place = modules.get(module, ("", 0))
+        for x in output if isinstance(output, tuple) else (output,):
+            if name and isinstance(x, Tensor) and x.is_floating_point():
+                note(x, f"the output of {name}", False, place)
+                if x.requires_grad:
+                    what = f"the gradient at the output of {name}"
+                    x.register_hook(partial(note, what=what, backward=True, place=place))
+
+    handles = [register_module_forward_hook(after)]
     for index, stage in enumerate(run.model):
-        place = index * run.sizes.pipeline + run.groups.pp.rank()
-        # a state goes from earlier ranks to later ones, its gradient the other way
-        forward, backward = (1, place), (2, -place)
-
-        def after(module: nn.Module, inputs: Any, output: Any, what: str, order: Any) -> None:
-            for x in output if isinstance(output, tuple) else (output,):
-                if isinstance(x, Tensor) and x.is_floating_point():
-                    note(x, f"the output of {what}", order[0], rank)
-                    if x.requires_grad:
-                        x.register_hook(
-                            lambda g: note(
-                                g, f"the gradient at the output of {what}", order[1], -rank
-                            )
-                        )
-
-        for name, module in stage.named_modules():
-            what, order = _name(stage, name), (forward, backward)
-            handles.append(
-                module.register_forward_hook(
-                    lambda m, i, o, what=what, order=order: after(m, i, o, what, order)
-                )
-            )
+        place = _place(run, index)
+        modules |= {each: (_name(stage, name), place) for name, each in stage.named_modules()}
         for name, p in stage.named_parameters():
-            told = f"the gradient of parameter {_name(stage, name)}"
-            handles.append(
-                p.register_hook(lambda g, told=told, order=backward: note(g, told, order, -rank))
-            )
+            what = f"the gradient of parameter {_name(stage, name)}"
+            handles.append(p.register_hook(partial(note, what=what, backward=True, place=place)))
     try:
         compute()
     finally:
         for handle in handles:
             handle.remove()
     return found
+
+
+def _place(run: Run, index: int) -> int:
+    """Of this rank's stage of that index among all of the pipeline."""
+    return index * run.sizes.pipeline + run.groups.pp.rank()
 
 
 def _kind(x: Tensor) -> str:

@@ -1,7 +1,8 @@
 """Packages that training does without: which are there and what for, which are not.
 
 Megatron-Core itself looks for Transformer Engine and NVIDIA's apex and takes their fused Adam and
-gradient clipping. Attention needs no package: PyTorch brings cuDNN's and FlashAttention's.
+gradient clipping. Attention and experts need no package: PyTorch brings cuDNN's and
+FlashAttention's operators, and grouped products.
 """
 
 import sys

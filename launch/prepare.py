@@ -86,7 +86,7 @@ def prepare(
     """Write the documents of `inputs` as corpus `output`, and part of them as `output`.held_out.
 
     A document is a file, or a line of a file that ends in .jsonl (its field "text"). Empty
-    documents and files that are not UTF-8 are left out, each named in a warning.
+    documents and those that are not UTF-8 are left out, each named in a warning.
 
     Args:
         inputs: files, or folders whose files matching `glob` are taken recursively, in order of
@@ -135,7 +135,8 @@ def prepare(
                     + ("change --held-out or give more documents" if total else "give other inputs")
                 )
         found = [writer.finish() for writer in writers]
-        for part, name in zip(parts, names, strict=True):
+        # the corpus itself last: where it is, the held-out part is
+        for part, name in reversed(list(zip(parts, names, strict=True))):
             for suffix in SUFFIXES:
                 part.with_suffix(suffix).rename(name + suffix)
     return found
@@ -161,39 +162,43 @@ def _files(inputs: Sequence[Path], glob: str) -> Iterator[Path]:
 
 def _documents(files: Iterable[Path]) -> Iterator[tuple[str, str]]:
     """(name, text) of every document that is not empty."""
-    for path in files:
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise ValueError(f"input {path}: cannot be read ({error.strerror})") from None
+    for name, content, is_json in _contents(files):
         try:
             text = content.decode()
         except UnicodeDecodeError as error:
-            logger.warning("left out %s: not UTF-8 text (byte %d)", path, error.start)
+            logger.warning("left out %s: not UTF-8 text (byte %d)", name, error.start)
             continue
-        found = _lines(path, text) if path.suffix == ".jsonl" and text else [(str(path), text)]
-        for name, document in found:
-            if document:
-                yield name, document
-            else:
-                logger.warning("left out %s: empty", name)
+        document = _field(name, text) if is_json else text
+        if document:
+            yield name, document
+        else:
+            logger.warning("left out %s: empty", name)
 
 
-def _lines(path: Path, text: str) -> Iterator[tuple[str, str]]:
-    # not splitlines(): JSON strings may hold other line separators of Unicode as they are
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        name = f"{path}:{number}"
+def _contents(files: Iterable[Path]) -> Iterator[tuple[str, bytes, bool]]:
+    """(name, content, whether that is JSON) of each file, or of each line that is."""
+    for path in files:
         try:
-            document = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"input {name}: not JSON ({error.msg}, column {error.colno})"
-            ) from None
-        if not isinstance(document, dict) or not isinstance(document.get("text"), str):
-            raise ValueError(f'input {name}: must be an object whose field "text" is a string')
-        yield name, document["text"]
+            with path.open("rb") as file:
+                if path.suffix != ".jsonl":
+                    yield str(path), file.read(), False
+                    continue
+                # lines of bytes: JSON strings may hold other line separators of Unicode as they are
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield f"{path}:{number}", line, True
+        except OSError as error:
+            raise ValueError(f"input {path}: cannot be read ({error.strerror})") from None
+
+
+def _field(name: str, line: str) -> str:
+    try:
+        document = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"input {name}: not JSON ({error.msg}, column {error.colno})") from None
+    if not isinstance(document, dict) or not isinstance(document.get("text"), str):
+        raise ValueError(f'input {name}: must be an object whose field "text" is a string')
+    return str(document["text"])
 
 
 EXAMPLES = """examples:

@@ -9,6 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from seqpar.launch.config import Config
+from seqpar.launch.failure import LoneError
 
 logger = logging.getLogger(__name__)
 
@@ -34,16 +35,21 @@ def profiled(config: Config, step: int, rank: int) -> Iterator[None]:
         logger.warning("rank %d: the profile of step %d is not written: %s", rank, step, error)
 
 
-def begin_memory_history(config: Config) -> None:
-    """From now on, keep where memory was allocated, if that is asked for."""
+@contextmanager
+def advice_on_memory(config: Config, rank: int) -> Iterator[None]:
+    """Within: LoneError where the GPU's memory is full, with what may help and a snapshot of it."""
     if config.log.memory_history and torch.cuda.is_available():
         torch.cuda.memory._record_memory_history(max_entries=_LONGEST_HISTORY)
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise LoneError(_out_of_memory(config, rank, error)) from error
 
 
-def out_of_memory(config: Config, rank: int, error: torch.OutOfMemoryError) -> str:
-    """What to say when the GPU's memory is full; writes a snapshot of it into log.folder."""
+def _out_of_memory(config: Config, rank: int, error: torch.OutOfMemoryError) -> str:
     path = Path(config.log.folder) / f"memory_rank_{rank}.pickle"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.cuda.memory._dump_snapshot(str(path))
         told = f"snapshot {path} (open it at pytorch.org/memory_viz)"
     except (OSError, RuntimeError) as failure:

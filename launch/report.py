@@ -3,15 +3,15 @@
 import time
 from collections import deque
 from contextlib import suppress
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
-from seqpar.launch.checks import Sizes
-from seqpar.launch.config import Config
 from seqpar.launch.data import PackedStream
 from seqpar.launch.flops import peak_of_this_gpu, step_flops
 from seqpar.launch.metrics import METRICS, Recorder, plot
 from seqpar.launch.packages import packages
+from seqpar.launch.setup import Run
 from seqpar.launch.step import StepResult
 
 
@@ -50,82 +50,74 @@ class Clock:
 
 
 class Report:
-    """Reports a run; `silent` on all ranks but one.
+    """What the first rank tells of a run; it begins with the headline.
 
     Args:
         first_step: steps done before, in the run that this one resumes.
-        ranks: how many there are.
-        unigram_entropy: of the held-out corpus, if known: what a model reaches that knows only how
+        held_out: its unigram entropy, if known, is what a model reaches that knows only how
             frequent tokens are.
     """
 
-    _stream: PackedStream
-
     def __init__(
         self,
-        config: Config,
+        run: Run,
         first_step: int,
-        ranks: int,
-        unigram_entropy: float | None,
-        silent: bool,
+        stream: PackedStream,
+        held_out: PackedStream | None,
+        clock: Clock,
     ) -> None:
-        self._config, self._entropy, self._silent = config, unigram_entropy, silent
+        config, sizes, corpus = run.config, run.sizes, stream.corpus
+        self._config, self._stream, self._clock = config, stream, clock
+        self._entropy = held_out.unigram_entropy if held_out else None
         self._folder = Path(config.log.folder)
-        self._first_step, self._ranks, self._peak = first_step, ranks, peak_of_this_gpu()
+        self._first_step, self._ranks = first_step, run.control.size
+        self._peak = peak_of_this_gpu()
         self._checkpoint: Path | None = None
-        self.clock = Clock(config.train.global_batch * config.data.sequence_length)
-        if not silent:
-            self._recorder = Recorder(config, first_step)
-
-    def begin(self, sizes: Sizes, stream: PackedStream, parameters: int) -> None:
-        """The headline. parameters: of this rank's part of the model."""
-        self._stream = stream
-        corpus, train = stream.corpus, self._config.train
-        self._say(
-            f"model {self._config.model.pattern}: {parameters:,} parameters a rank; sequences of "
-            f"{self._config.data.sequence_length:,} tokens cut over {_count(sizes.context, 'rank')}"
-            f" ({self._config.parallel.layout}); {_count(train.global_batch, 'sequence')} a step "
+        self._recorder = Recorder(config, first_step)
+        parameters = sum(p.numel() for stage in run.model for p in stage.parameters())
+        _say(
+            f"model {config.model.pattern}: {parameters:,} parameters a rank; sequences of "
+            f"{config.data.sequence_length:,} tokens cut over {_count(sizes.context, 'rank')} "
+            f"({config.parallel.layout}); {_count(config.train.global_batch, 'sequence')} a step "
             f"over {_count(sizes.data, 'data-parallel rank')}"
         )
-        self._say(
-            f"data {self._config.data.path}: {corpus.tokens:,} tokens in "
-            f"{len(corpus.lengths):,} documents; {train.steps} steps are "
-            f"{train.steps * self.clock.tokens / corpus.tokens:.3g} epochs"
+        _say(
+            f"data {config.data.path}: {corpus.tokens:,} tokens in "
+            f"{len(corpus.lengths):,} documents; {config.train.steps} steps are "
+            f"{config.train.steps * clock.tokens / corpus.tokens:.3g} epochs"
         )
-        longer = int((corpus.lengths > self._config.data.sequence_length).sum())
+        longer = int((corpus.lengths > config.data.sequence_length).sum())
         if longer:
-            self._say(f"{_count(longer, 'document')} longer than a sequence, cut at its end")
-        self._say(packages())
-        self._say(f"settings and everything else in {self._folder}")
-        if self._first_step:
-            self._say(f"resumed after step {self._first_step}")
+            _say(f"{_count(longer, 'document')} longer than a sequence, cut at its end")
+        _say(packages())
+        _say(f"settings and everything else in {self._folder}")
+        if first_step:
+            _say(f"resumed after step {first_step}")
 
     def step(self, step: int, result: StepResult, sequences: range) -> None:
         """A step on `sequences` that has just been clocked."""
-        if self._silent:
-            return
         if result.nonfinite:
-            self._say(f"step {step}: {result.nonfinite}")
+            _say(f"step {step}: {result.nonfinite}")
         elif not result.tokens:
-            self._say(f"step {step}: no token to predict in its sequences, nothing is learned")
-        speed = self.clock.tokens_per_second()
+            _say(f"step {step}: no token to predict in its sequences, nothing is learned")
+        speed = self._clock.tokens_per_second()
         here = {
             "tokens_per_second": speed,
             "tokens_per_second_per_rank": speed / self._ranks,
             "memory_bytes": result.memory,
-            "eta_seconds": self.clock.remaining(self._config.train.steps - step),
+            "eta_seconds": self._clock.remaining(self._config.train.steps - step),
         }
         if self._peak and self._config.train.precision == "bf16":
             documents = map(self._stream.cu_seqlens, sequences)
             flops = step_flops(self._config.model, documents)
-            here["mfu"] = flops / self.clock.last / (self._peak * self._ranks)
+            here["mfu"] = flops / self._clock.last / (self._peak * self._ranks)
         self._recorder.write(
             step,
             loss=result.loss,
             grad_norm=result.grad_norm,
             lr=result.lr,
-            seconds=self.clock.last,
-            tokens=step * self.clock.tokens,
+            seconds=self._clock.last,
+            tokens=step * self._clock.tokens,
             skipped=int(result.nonfinite is not None or not result.tokens),
             bytes_exchanged=result.bytes_sent,
             seconds_waited=result.waited,
@@ -137,58 +129,48 @@ class Report:
         if step % self._config.log.every == 0 or step == steps or done_now == 1:
             unit = "rank" if self._peak is None else "GPU"
             mfu = f"  MFU {here['mfu']:.1%}" if "mfu" in here else ""
-            self._say(
+            eta = timedelta(seconds=round(here["eta_seconds"]))
+            _say(
                 f"step {step:>{len(str(steps))}}/{steps}  loss {result.loss:.5f}  "
                 f"grad {result.grad_norm:.3f}  lr {result.lr:.2e}  {speed:,.0f} tokens/s "
                 f"({speed / self._ranks:,.0f} a {unit}){mfu}  "
                 f"exchanged {_bytes(result.bytes_sent)}, waited {result.waited:.2f} s  "
-                f"memory {_bytes(result.memory)}  ETA {_duration(here['eta_seconds'])}"
+                f"memory {_bytes(result.memory)}  ETA {eta}"
             )
 
     def held_out(self, step: int, loss: float) -> None:
         """A held-out loss, in nats a token."""
-        if self._silent:
-            return
         self._recorder.write(step, held_out_loss=loss)
         known = f"  unigram entropy {self._entropy:.5f}" if self._entropy is not None else ""
-        self._say(f"step {step}: held-out loss {loss:.5f}{known}  (nats a token)")
+        _say(f"step {step}: held-out loss {loss:.5f}{known}  (nats a token)")
 
     def checkpoint(self, path: Path) -> None:
         """A checkpoint that is on disk."""
         self._checkpoint = path
-        self._say(f"checkpoint {path}")
+        _say(f"checkpoint {path}")
 
     def close(self) -> None:
         """Have all metrics written, where there is room for them."""
-        if not self._silent:
-            with suppress(OSError):
-                self._recorder.close()
+        with suppress(OSError):
+            self._recorder.close()
 
     def end(self, resume: str) -> None:
         """Where everything is, and the command that trains on."""
-        if self._silent:
-            return
-        self._say("")
+        _say("")
         if self._checkpoint:
-            self._say(f"checkpoint  {self._checkpoint}")
-        self._say(f"metrics     {self._folder / METRICS}")
+            _say(f"checkpoint  {self._checkpoint}")
+        _say(f"metrics     {self._folder / METRICS}")
         if find_spec("matplotlib"):
-            self._say(f"loss plot   {plot(self._folder, self._entropy)}")
-        self._say(f"to resume   {resume}")
+            _say(f"loss plot   {plot(self._folder, self._entropy)}")
+        _say(f"to resume   {resume}")
 
-    def _say(self, line: str) -> None:
-        if not self._silent:
-            print(line, flush=True)
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def _bytes(count: float) -> str:

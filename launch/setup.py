@@ -45,6 +45,12 @@ class Run:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
+    def complete_parameters(self) -> None:
+        """Gather the parameters that the next forward pass would; all ranks call it."""
+        if self.config.optimizer.distributed and self.config.optimizer.overlap:
+            for stage in self.model:
+                stage.start_param_sync(force_sync=True)
+
 
 def build(config: Config, sizes: Sizes, control: Communicator) -> Run:
     """Build the run on this rank. All ranks call it, after torch.distributed is initialised.
@@ -54,22 +60,13 @@ def build(config: Config, sizes: Sizes, control: Communicator) -> Run:
     """
     device = device_of_this_rank()
     model_config, groups, stages = build_model(config, sizes)
-    # Gradients are summed in fp32 whatever the model's precision is.
-    options = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.distributed
-    )
-    model = []
-    for index, stage in enumerate(stages):
-        # only the stage that is done last can overlap its reduction with anything
-        ddp = DistributedDataParallel(
-            model_config, options, stage, pg_collection=groups, disable_bucketing=index > 0
-        )
+    distributed, overlap = config.optimizer.distributed, config.optimizer.overlap
+    model = data_parallel(model_config, stages, groups, distributed=distributed, overlap=overlap)
+    for ddp in model:
         ddp.broadcast_params()
-        model.append(ddp)
     optimizer = get_megatron_optimizer(
         _optimizer_config(config), model, use_gloo_process_groups=False, pg_collection=groups
     )
-    model_config.finalize_model_grads_func = finalize_model_grads
     model_config.grad_scale_func = optimizer.scale_loss
     sequence = Communicator(groups.cp)
     measured = config.parallel.measure_links
@@ -95,6 +92,48 @@ def build(config: Config, sizes: Sizes, control: Communicator) -> Run:
     )
 
 
+def seed_ranks(seed: int) -> None:
+    """Begin random numbers, alike on data- and context-parallel ranks.
+
+    Each step has a seed of its own, so a resumed run draws what it would have drawn, on any ranks.
+    """
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def data_parallel(
+    config: TransformerConfig,
+    stages: list[Any],
+    groups: ProcessGroupCollection,
+    *,
+    distributed: bool,
+    overlap: bool,
+) -> list[DistributedDataParallel]:
+    """Megatron's DDP around each stage of this rank. Sums gradients in fp32 in any precision.
+
+    distributed: for its distributed optimizer. overlap: gradients are summed while the backward
+    pass goes on, and that optimizer's parameters gathered while the next forward pass begins.
+    """
+    options = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=distributed,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap and distributed,
+    )
+    # only the stage that is done last can overlap its reduction with anything
+    model = [
+        DistributedDataParallel(
+            config, options, stage, pg_collection=groups, disable_bucketing=index > 0
+        )
+        for index, stage in enumerate(stages)
+    ]
+    config.finalize_model_grads_func = finalize_model_grads
+    if overlap:  # after the last micro-batch only
+        waits = [ddp.no_sync for ddp in model]
+        config.no_sync_func = waits if len(waits) > 1 else waits[0]
+    return model
+
+
 def build_model(
     config: Config, sizes: Sizes
 ) -> tuple[TransformerConfig, ProcessGroupCollection, list[Any]]:
@@ -116,8 +155,7 @@ def build_model(
         expert_model_parallel_size=sizes.expert,
         expert_tensor_parallel_size=sizes.expert_tensor,
     )
-    torch.manual_seed(config.train.seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed)
+    seed_ranks(config.train.seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     stages: list[Any] = build_language_model(
         config.model,
@@ -144,6 +182,7 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
         adam_eps=optimizer.eps,
         clip_grad=optimizer.clip_grad,
         use_distributed_optimizer=optimizer.distributed,
+        overlap_param_gather=optimizer.distributed and optimizer.overlap,
         bf16=config.train.precision == "bf16",
         params_dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
     )

@@ -1,7 +1,6 @@
 """Text to token ids: one token a byte, or any Hugging Face `tokenizer.json`."""
 
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,20 +17,8 @@ END_OF_DOCUMENT_NAMES = (
 )
 
 
-class Tokenizer(Protocol):
-    """What `prepare` needs of a tokenizer. Ids lie in [0, vocab_size)."""
-
-    name: str
-    vocab_size: int
-    end_of_document: int
-
-    def encode(self, text: str) -> NDArray[np.int64]: ...
-
-    def decode(self, ids: NDArray[np.integer]) -> str: ...
-
-
 class ByteTokenizer:
-    """The 256 bytes of UTF-8, and id 256 for the end of a document."""
+    """The 256 bytes of UTF-8, and id 256 for the end of a document. Ids lie in [0, vocab_size)."""
 
     name = "byte"
     vocab_size = 257
@@ -73,6 +60,9 @@ class FileTokenizer:
     def decode(self, ids: NDArray[np.integer]) -> str:
         """Text of `ids` without special tokens."""
         return self._tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+
+
+Tokenizer = ByteTokenizer | FileTokenizer
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -9,7 +9,7 @@
 #   NNODES=1              nodes; MIN:MAX to go on with fewer when some are lost
 #   RENDEZVOUS=HOST:PORT  where nodes meet, HOST being one of them; needed with several nodes
 #   JOB=seqpar            a name that this job's nodes have in common
-#   RANKS_PER_NODE=gpu    a number, or one for each GPU
+#   RANKS_PER_NODE=auto   a number; auto: one for each GPU, or for each core where there is none
 #   MAX_RESTARTS=3        how often the ranks are started again
 #   PYTHON=python         of the environment that seqpar is installed in
 #
@@ -31,7 +31,7 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 torchrun=("${PYTHON:-python}" -m torch.distributed.run)
 options=(
   --nnodes "${NNODES:-1}"
-  --nproc-per-node "${RANKS_PER_NODE:-gpu}"
+  --nproc-per-node "${RANKS_PER_NODE:-auto}"
   --rdzv-backend c10d
   --rdzv-endpoint "${RENDEZVOUS:-localhost:0}"
   --rdzv-id "${JOB:-seqpar}"

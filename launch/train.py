@@ -5,30 +5,37 @@ One process without torchrun: `seqpar train CONFIG [section.key=value ...]`.
 
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 import torch.distributed as dist
 
 from seqpar.agreement import ExchangeError
 from seqpar.comm import Communicator
-from seqpar.launch.checks import check
-from seqpar.launch.config import Config, load_config, to_yaml
-from seqpar.launch.failure import LoneError, Stopped, UserError, leave, together
+from seqpar.launch import checkpoint_files
+from seqpar.launch.checks import Sizes, check
+from seqpar.launch.config import Config, load_config, to_container, to_yaml
+from seqpar.launch.failure import (
+    EXIT_CODE_FILE,
+    LoneError,
+    Stopped,
+    UserError,
+    agree,
+    leave,
+    together,
+)
 from seqpar.launch.metrics import METRICS
 from seqpar.launch.ranks import start_ranks
+from seqpar.launch.recording import advice_on_memory, profiled
 from seqpar.launch.signals import StopRequests
 from seqpar.launch.terminal import command_parser, plain_messages
 
 if TYPE_CHECKING:
-    from seqpar.launch import checkpoint
+    from seqpar.launch.checkpoint import Progress, Saver
 
 MOST_SKIPPED = 5
 """How many steps in a row may be passed over."""
@@ -45,13 +52,17 @@ class Command:
         """The shell command of this run with some settings changed."""
         keys = {change.partition("=")[0] for change in changes}
         words = [word for word in self.overrides if word.partition("=")[0] not in keys]
-        module = ["-m", "seqpar.launch.train", self.config, *words, *changes]
-        if "LOCAL_WORLD_SIZE" not in os.environ:
-            return shlex.join([_beside_python("python"), *module])
-        ranks, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
-        nodes = ["--standalone"] if local == ranks else ["--nnodes", str(ranks // local)]
-        start = [_beside_python("torchrun"), *nodes, "--nproc-per-node", str(local)]
-        return shlex.join([*start, *module])
+        words = [self.config, *words, *changes]
+        if EXIT_CODE_FILE in os.environ:  # set by this script
+            names = {"NNODES", "RENDEZVOUS", "RANKS_PER_NODE"} & os.environ.keys()
+            nodes = [f"{name}={os.environ[name]}" for name in sorted(names)]
+            return shlex.join([*nodes, _short(Path(__file__).with_name("torchrun.sh")), *words])
+        start = [_short(Path(sys.executable))]
+        if "LOCAL_WORLD_SIZE" in os.environ:
+            ranks, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+            nodes = ["--standalone"] if local == ranks else ["--nnodes", str(ranks // local)]
+            start += ["-m", "torch.distributed.run", *nodes, "--nproc-per-node", str(local)]
+        return shlex.join([*start, "-m", "seqpar.launch.train", *words])
 
 
 def train(command: Command, control: Communicator) -> None:
@@ -63,13 +74,19 @@ def train(command: Command, control: Communicator) -> None:
     """
     config = together(control, lambda: load_config(command.config, command.overrides))
     sizes = together(control, lambda: check(config, control.size))
-    # Megatron takes seconds to import; mistakes found above are told at once.
-    from seqpar.launch import checkpoint
+    sections = to_container(config).items()
+    agree(control, {f"{name}.{key}": x for name, section in sections for key, x in section.items()})
+    with advice_on_memory(config, control.rank):
+        _train(command, config, sizes, control)
+
+
+def _train(command: Command, config: Config, sizes: Sizes, control: Communicator) -> None:
+    # Megatron takes seconds to import; mistakes found before are told at once.
+    from seqpar.launch.checkpoint import Progress, Saver, identity, load
     from seqpar.launch.data import open_stream
     from seqpar.launch.disk import on_disk
-    from seqpar.launch.recording import begin_memory_history, out_of_memory, profiled
-    from seqpar.launch.report import Report
-    from seqpar.launch.setup import build
+    from seqpar.launch.report import Clock, Report
+    from seqpar.launch.setup import build, seed_ranks
     from seqpar.launch.step import held_out_loss, read, train_step
 
     data, steps = config.data, config.train.steps
@@ -79,60 +96,70 @@ def train(command: Command, control: Communicator) -> None:
     together(control, lambda: _check_folder(config) if leader else None)
     stream = together(control, lambda: open_stream(config, "path"))
     held_out = together(control, lambda: open_stream(config, "held_out")) if data.held_out else None
+    tokens = {"path": stream.corpus.tokens, "held_out": held_out and held_out.corpus.tokens}
+    agree(control, {f"data.{field} (number of tokens)": n for field, n in tokens.items()})
     run = together(control, lambda: build(config, sizes, control))
-    common = checkpoint.identity(run, stream.corpus)
-    done = checkpoint.Progress()
+    common = identity(run, stream.corpus)
+    done = Progress()
     if config.checkpoint.resume is not None:
-        done = checkpoint.load(run, saved, config.checkpoint.resume, common)
+        done = load(run, saved, config.checkpoint.resume, common)
     if config.checkpoint.resume == "auto" and done.step >= steps:
         if leader:
             print(f"{folder} is trained to step {done.step} already")
         return
-    together(control, lambda: _begin_folder(config, done.step) if leader else None)
-    entropy = held_out.unigram_entropy if held_out else None
-    report = together(control, lambda: Report(config, done.step, control.size, entropy, not leader))
-    parameters = [p for stage in run.model for p in stage.parameters()]
-    report.begin(sizes, stream, sum(p.numel() for p in parameters))
-    saver = checkpoint.Saver(run, saved, common, done.step, report.checkpoint)
+    # a resumed run may have other settings than the one it continues
+    settings = folder / (f"config_from_step_{done.step}.yaml" if done.step else "config.yaml")
+    together(control, lambda: _begin_folder(config, done.step, settings) if leader else None)
+    together(control, lambda: checkpoint_files.check_seen([settings]))
+    clock = Clock(config.train.global_batch * data.sequence_length)
+
+    def new_report() -> Report | None:
+        return Report(run, done.step, stream, held_out, clock) if leader else None
+
+    report = together(control, lambda: on_disk(folder, new_report))
+
+    def tell(what: Callable[[Report], None]) -> None:
+        """On the first rank; if its disk is full, all leave."""
+        together(control, lambda: on_disk(folder, lambda: what(report) if report else None))
+
+    saver = Saver(run, saved, common, done.step, lambda path: tell(lambda r: r.checkpoint(path)))
     stop = StopRequests()
     skipped = 0
-
-    def tell(report_it: Callable[[], None]) -> None:
-        together(control, partial(on_disk, folder, report_it))
-
-    begin_memory_history(config)
     try:
         while done.step < steps:
             sequences = range(done.sequence, done.sequence + config.train.global_batch)
-            report.clock.start()
+            clock.start()
             with _kept(saver, done):
                 batches = read(run, stream, sequences)
+            seed_ranks(config.train.seed + done.step + 1)
             with profiled(config, done.step + 1, control.rank):
                 result = train_step(run, batches)
-            report.clock.stop()
-            done = checkpoint.Progress(done.step + 1, sequences.stop)
-            tell(partial(report.step, done.step, result, sequences))
+            clock.stop()
+            done = Progress(done.step + 1, sequences.stop)
+            tell(lambda r: r.step(done.step, result, sequences))  # noqa: B023
             skipped = skipped + 1 if result.nonfinite else 0
             if result.nonfinite and (config.train.on_nonfinite == "stop" or skipped > MOST_SKIPPED):
                 raise UserError(_diverged(config, done.step, result.nonfinite))
             if held_out and _due(config.train.evaluate_every, done.step, steps):
                 with _kept(saver, done):
                     loss = held_out_loss(run, held_out)
-                tell(partial(report.held_out, done.step, loss))
-            due = _due(config.checkpoint.every, done.step, steps)
-            saver.go_on(wait=due)
-            if due:
+                tell(lambda r: r.held_out(done.step, loss))  # noqa: B023
+            if _due(config.checkpoint.every, done.step, steps):
                 wait = done.step == steps or not config.checkpoint.asynchronous
                 saver.save(done, wait=wait)
+            else:
+                saver.go_on(wait=False)
             if done.step < steps and stop.asked(control):
                 saver.save(done, wait=True)
                 raise Stopped(f"stopped as asked, and saved, after step {done.step}")
-    except torch.OutOfMemoryError as error:
-        raise LoneError(out_of_memory(config, control.rank, error)) from error
+    except UserError:
+        saver.go_on(wait=True)  # what is being written may be the last good one
+        raise
     finally:
-        report.close()
+        if report:
+            report.close()
     more = steps + max(1, steps // 2)
-    report.end(command.again("checkpoint.resume=latest", f"train.steps={more}"))
+    tell(lambda r: r.end(command.again("checkpoint.resume=latest", f"train.steps={more}")))
 
 
 def _diverged(config: Config, step: int, where: str) -> str:
@@ -144,7 +171,7 @@ def _diverged(config: Config, step: int, where: str) -> str:
 
 
 @contextmanager
-def _kept(saver: "checkpoint.Saver", done: "checkpoint.Progress") -> Iterator[None]:
+def _kept(saver: "Saver", done: "Progress") -> Iterator[None]:
     """Save what has been learned before a mistake in the data ends the run."""
     try:
         yield
@@ -168,25 +195,18 @@ def _check_folder(config: Config) -> None:
         )
 
 
-def _begin_folder(config: Config, step: int) -> None:
-    folder = Path(config.log.folder)
+def _begin_folder(config: Config, step: int, settings: Path) -> None:
     if step >= config.train.steps:
         raise ValueError(
             f"train.steps={config.train.steps}: the checkpoint is of step {step}, nothing is left "
             f"to train; set train.steps above {step}"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    # a resumed run may have other settings than the one it continues
-    (folder / (f"config_from_step_{step}.yaml" if step else "config.yaml")).write_text(
-        to_yaml(config)
-    )
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint_files.set_aside(settings.parent / "checkpoints", step)
+    settings.write_text(to_yaml(config))
 
 
-def _beside_python(name: str) -> str:
-    """How to call a program of this Python's environment, short where possible."""
-    path = Path(sys.executable).with_name(name)
-    if not path.exists() or shutil.which(name) == str(path):
-        return name
+def _short(path: Path) -> str:
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 

@@ -81,7 +81,7 @@ class MemoryConfig:
         loss_tokens: tokens of a sequence whose logits exist at a time; 0: all.
         recompute: which of RECOMPUTED are made again.
         mlp_tokens: tokens of a rank that an MLP, or its experts, that is made again works on at a
-            time; 0: all. Few make experts, which run one after the other, wait for the host.
+            time; 0: all.
         keep_attention: whether the output of softmax attention is kept where the rest of its mixer
             is made again; attention takes longer than all else in long sequences.
         offload_layers: how many layers, the first of each pipeline stage, keep what is made again

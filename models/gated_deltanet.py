@@ -38,6 +38,7 @@ class GatedDeltaNet(SequenceMixer):
 
     # Rotary embedding belongs to the softmax layers of a hybrid; the decay orders tokens here.
     ignored_inputs = frozenset({"rotary_pos_emb"})
+    columns = 2  # the output's gate once stood before beta
 
     def __init__(
         self,

@@ -55,6 +55,10 @@ class SequenceMixer(MegatronModule, ABC):
 
     ignored_inputs: frozenset[str] = frozenset()
 
+    columns = 1
+    """Number of the order in which weights hold their numbers; a checkpoint of another order is
+    refused, whoever loads it."""
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -172,7 +176,7 @@ class SequenceMixer(MegatronModule, ABC):
         sharded = make_sharded_tensors_for_checkpoint(
             own,
             prefix,
-            {name: 0 for name, tensor in own.items() if tensor.tensor_model_parallel},
+            {name: 0 for name, x in own.items() if getattr(x, "tensor_model_parallel", False)},
             sharded_offsets,
             tp_group=self.tp_group,
             dp_cp_group=metadata["dp_cp_group"],
@@ -182,6 +186,19 @@ class SequenceMixer(MegatronModule, ABC):
                 module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
             )
         return sharded
+
+    def get_extra_state(self) -> Tensor:
+        """What goes with the weights into checkpoints of every kind: `columns`."""
+        return torch.tensor(self.columns)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Raise ValueError unless weights of this order fit."""
+        if int(state) != self.columns:
+            raise ValueError(
+                f"the checkpoint has weights of {type(self).__name__} in order {int(state)}, this "
+                f"version of seqpar has them in order {self.columns}: load it with the version "
+                "that wrote it"
+            )
 
     def column_linear(self, in_size: int, out_size: int, bias: bool = False) -> Any:
         """A Megatron linear layer whose output is cut over the tensor-parallel ranks."""

@@ -2,9 +2,6 @@
 
 from typing import Any
 
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import (
     get_tokens_per_expert_and_token_count,
@@ -18,6 +15,7 @@ from torch import Tensor
 from seqpar.comm import Communicator
 from seqpar.kept import kept
 from seqpar.models import compat
+from seqpar.models.experts import Experts
 
 compat.define_missing_names()
 
@@ -97,21 +95,7 @@ class Router(TopKRouter):
         return counts, tokens
 
 
-class Experts(SequentialMLP):
-    """Megatron's experts, one after the other; their gradients go over the experts' own groups.
-
-    Megatron marks them so only with expert parallelism. Without it, but with tensor parallelism
-    that does not cut experts, their gradients would not be summed over the tensor-parallel ranks.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        for parameter in self.parameters():
-            vars(parameter)["allreduce"] = False
-
-
 def moe_spec() -> ModuleSpec:
-    """Megatron's MoE layer on its own parallel linear layers."""
-    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    experts = ModuleSpec(module=Experts, submodules=linears)
+    """Megatron's MoE layer with this router, and its experts as grouped products."""
+    experts = ModuleSpec(module=Experts)
     return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=Router))

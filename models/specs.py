@@ -162,7 +162,7 @@ def hybrid_stack_spec(
     """A stack for Megatron's own HybridModel (MambaModel in 0.16), its linear slot taken.
 
     Its pattern's letters: `M` (and `G`, where Megatron has it) the linear mixer, `*` softmax
-    attention, `-` an MLP, `E` a mixture of experts.
+    attention, `-` an MLP, `E` a mixture of experts (with a gated SiLU, without biases).
 
     Args:
         linear: what `linear_attention_spec` returned.

@@ -65,6 +65,15 @@ class Agreement(Once):
         self._calls, self._current = self._calls + 1, call
         if call in self._agreed:
             return
+        try:
+            self._compare(call)
+        except dist.DistError as lost:
+            raise self.failure(lost) from lost
+        if len(self._agreed) > REMEMBERED:  # on all ranks alike
+            self._agreed.clear()
+        self._agreed.add(call)
+
+    def _compare(self, call: str) -> None:
         key = f"call {self._calls}"
         mine = f"rank {self._rank} {call}"
         first = self._store.compare_set(key, "", mine).decode()
@@ -84,29 +93,33 @@ class Agreement(Once):
             time.sleep(pause)
             pause = min(2 * pause, 0.02)  # many ranks share one store
         self._last_key = key
-        if len(self._agreed) > REMEMBERED:  # on all ranks alike
-            self._agreed.clear()
-        self._agreed.add(call)
 
     def failure(self, error: Exception | None) -> ExchangeError:
         """What to raise when a transfer of the current call failed with `error`."""
+        try:
+            lines = self._elsewhere()
+        except dist.DistError:
+            lines = ["the rank that keeps the process group's store has died: nobody can be asked"]
+        reason = f": {str(error).splitlines()[0]}" if error else ""
+        return ExchangeError(
+            f"the exchange of rank {self._rank} in {self._where()} failed{reason}\n"
+            + "\n".join(lines or ["all ranks were in the same call: a link between them failed"])
+        )
+
+    def _elsewhere(self) -> list[str]:
+        """The ranks that are not where this one is, a line each."""
         self._tell()
         deadline = time.monotonic() + PATIENCE.total_seconds()
         others = [rank for rank in range(self._size) if rank != self._rank]
         while time.monotonic() < deadline and not all(self._told(rank) for rank in others):
             time.sleep(0.05)
-        here = self._where()
         lines = []
         for rank in others:
             if not self._told(rank):
                 lines.append(f"rank {rank} gave no answer: it has died, or is stuck elsewhere")
-            elif (there := self._store.get(f"rank {rank}").decode()) != here:
+            elif (there := self._store.get(f"rank {rank}").decode()) != self._where():
                 lines.append(f"rank {rank} is in {there}")
-        reason = f": {str(error).splitlines()[0]}" if error else ""
-        return ExchangeError(
-            f"the exchange of rank {self._rank} in {here} failed{reason}\n"
-            + "\n".join(lines or ["all ranks were in the same call: a link between them failed"])
-        )
+        return lines
 
     def _forget(self, key: str | None) -> None:
         for suffix in ("", " arrived", " complete"):

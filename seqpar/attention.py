@@ -2,13 +2,14 @@
 
 from torch import Tensor
 
-from seqpar.checks import check_qkv
+from seqpar.checks import check_beside, check_qkv, scale_of, uncompiled
 from seqpar.context import SequenceParallel
 from seqpar.kernels.choose import choose_delta, choose_dplr, choose_linear
 from seqpar.kernels.pieces import Late
 from seqpar.recurrence import recurrence
 
 
+@uncompiled
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -43,6 +44,7 @@ def linear_attention(
     return start_linear_attention(q, k, v, log_decay, scale=scale, sp=sp)()
 
 
+@uncompiled
 def start_linear_attention(
     q: Tensor,
     k: Tensor,
@@ -58,12 +60,14 @@ def start_linear_attention(
     is differentiated while their gradients do.
     """
     _check(q, k, v, sp)
-    gates = [] if log_decay is None else [_check_decay(log_decay, k, v, constant=True)]
-    return recurrence(
-        "linear_attention", choose_linear(k, v, gates), q, k, v, gates, _scale(scale, q), sp
-    )
+    gates = {}
+    if log_decay is not None:
+        gates["log_decay"] = _check_decay(log_decay, k, v, constant=True)
+    family = choose_linear(k, v, list(gates.values()))
+    return recurrence("linear_attention", family, q, k, v, gates, scale_of(scale, q), sp)
 
 
+@uncompiled
 def delta_attention(
     q: Tensor,
     k: Tensor,
@@ -96,6 +100,7 @@ def delta_attention(
     return start_delta_attention(q, k, v, beta, log_decay, scale=scale, sp=sp)()
 
 
+@uncompiled
 def start_delta_attention(
     q: Tensor,
     k: Tensor,
@@ -110,14 +115,15 @@ def start_delta_attention(
     _check(q, k, v, sp)
     if beta.shape != v.shape[:3]:
         raise ValueError(f"beta is {_shape(beta)}, it must be [B, T, HV] = {_shape(v[..., 0])}")
-    _check_floating("beta", beta)
-    gates = [beta[..., None]]
+    check_beside("beta", beta, "q", q)
+    gates = {"beta": beta[..., None]}
     if log_decay is not None:
-        gates.append(_check_decay(log_decay, k, v, constant=False))
-    family = choose_delta(k, v, gates)
-    return recurrence("delta_attention", family, q, k, v, gates, _scale(scale, q), sp)
+        gates["log_decay"] = _check_decay(log_decay, k, v, constant=False)
+    family = choose_delta(k, v, list(gates.values()))
+    return recurrence("delta_attention", family, q, k, v, gates, scale_of(scale, q), sp)
 
 
+@uncompiled
 def dplr_attention(
     q: Tensor,
     k: Tensor,
@@ -145,12 +151,13 @@ def dplr_attention(
     """
     _check(q, k, v, sp)
     wanted = [*v.shape[:3], k.shape[-1]]
-    for name, x in (("a", a), ("b", b), ("log_decay", log_decay)):
+    gates = {"a": a, "b": b, "log_decay": log_decay}
+    for name, x in gates.items():
         if list(x.shape) != wanted:
             raise ValueError(f"{name} is {_shape(x)}, it must be [B, T, HV, K] = {wanted}")
-        _check_floating(name, x)
+        check_beside(name, x, "q", q)
     family = choose_dplr(k, v)
-    return recurrence("dplr_attention", family, q, k, v, [a, b, log_decay], _scale(scale, q), sp)()
+    return recurrence("dplr_attention", family, q, k, v, gates, scale_of(scale, q), sp)()
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, sp: SequenceParallel | None) -> None:
@@ -173,26 +180,17 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sp: SequenceParallel | None) -> None
 def _check_decay(log_decay: Tensor, k: Tensor, v: Tensor, *, constant: bool) -> Tensor:
     """log_decay as a gate [B, T, HV, 1 or K]."""
     heads = v.shape[:3]
-    allowed = {"[B, T, HV]": heads, "[B, T, HV, K]": (*heads, k.shape[-1])}
+    allowed = {"[B, T, HV]": heads, "[B, T, HV, K]": heads + k.shape[-1:]}
     if constant:
         allowed = {"[HV]": heads[2:], **allowed}
-    if tuple(log_decay.shape) not in [tuple(shape) for shape in allowed.values()]:
+    if log_decay.shape not in allowed.values():
         rule = " or ".join(f"{name} = {list(shape)}" for name, shape in allowed.items())
         raise ValueError(f"log_decay is {_shape(log_decay)}, it must be {rule}")
-    _check_floating("log_decay", log_decay)
+    check_beside("log_decay", log_decay, "v", v)
     if log_decay.dim() == 1:
         log_decay = log_decay.expand(heads)
     return log_decay if log_decay.dim() == 4 else log_decay[..., None]
 
 
-def _check_floating(name: str, x: Tensor) -> None:
-    if not x.is_floating_point():
-        raise ValueError(f"{name} is {x.dtype}, it must be a floating dtype such as torch.bfloat16")
-
-
 def _shape(x: Tensor) -> list[int]:
     return list(x.shape)
-
-
-def _scale(scale: float | None, q: Tensor) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else scale

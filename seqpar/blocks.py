@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from seqpar.checks import first_order
 from seqpar.kept import recall, remember
 from seqpar.kernels.softmax import block_backward, block_forward, merge, uses_cudnn
 from seqpar.layout import Segment
@@ -91,7 +91,7 @@ class _Attend(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         segments, causal, scale, source, cudnn = ctx.plan

@@ -9,6 +9,8 @@ import logging
 import os
 import socket
 import time
+import zlib
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -78,7 +80,7 @@ class Communicator:
         self.group = group
         self.rank = dist.get_rank(group) if group is not None else 0
         self.size = dist.get_world_size(group) if group is not None else 1
-        self.traffic: dict[str, Traffic] = {}
+        self.traffic: dict[str, Traffic] = defaultdict(Traffic)
         self._agreement = agreement_of(group) if group is not None and self.size > 1 else None
         self.shared: Once = self._agreement or Once()
 
@@ -105,7 +107,7 @@ class Communicator:
         Raises:
             ExchangeError: one failed or ran into the process group's timeout.
         """
-        traffic = self.traffic.setdefault(kind, Traffic())
+        traffic = self.traffic[kind]
         begin = time.perf_counter()
         try:
             for work in works:
@@ -139,11 +141,11 @@ class Communicator:
     def reduce_scatter(self, x: Tensor, kind: str = "other") -> Pending:
         """Start summing `x` [size, ...] over ranks; rank r receives the sum of the x[r]."""
         x = x.contiguous()
-        moved = x[0].numel() * x.element_size() * (self.size - 1)
+        moved = x.shape[1:].numel() * x.element_size() * (self.size - 1)
         self.count(kind, moved, moved)
         if self.size == 1:
             return Pending(x[0], None)
-        out = x.new_empty(x[0].numel())
+        out = x.new_empty(x.shape[1:].numel())
         work = _reduce_scatter_flat(out, x.view(-1), group=self.group, async_op=True)
         return Pending(out.view(x.shape[1:]), lambda: self.wait([work], kind))
 
@@ -155,7 +157,7 @@ class Communicator:
         The result is [sum(receive_rows), ...], by source rank.
         """
         x = x.contiguous()
-        row = x[0].numel() * x.element_size() if len(x) else 0
+        row = x.shape[1:].numel() * x.element_size()
         out = x.new_empty(sum(receive_rows), *x.shape[1:])
         self.count(
             kind,
@@ -172,12 +174,12 @@ class Communicator:
     def send(self, x: Tensor, to: int, kind: str = "other") -> Any:
         """Start sending `x` to rank `to`; keep `x` until the returned work has been waited for."""
         self.count(kind, x.numel() * x.element_size(), 0)
-        return dist.isend(x.contiguous(), group=self.group, group_dst=to)
+        return dist.isend(x.contiguous(), group=self.group, group_dst=to, tag=_tag(kind))
 
     def receive(self, out: Tensor, source: int, kind: str = "other") -> Any:
         """Start receiving into `out` (contiguous) from `source`; wait for the returned work."""
         self.count(kind, 0, out.numel() * out.element_size())
-        return dist.irecv(out, group=self.group, group_src=source)
+        return dist.irecv(out, group=self.group, group_src=source, tag=_tag(kind))
 
     def send_receive(
         self,
@@ -186,13 +188,9 @@ class Communicator:
         kind: str = "other",
     ) -> list[Any]:
         """Start sends (tensor, to) and receives (out, source) that may meet each other."""
-        operations = [
-            dist.P2POp(dist.isend, x.contiguous(), group=self.group, group_peer=peer)
-            for x, peer in sends
-        ]
-        operations += [
-            dist.P2POp(dist.irecv, x, group=self.group, group_peer=peer) for x, peer in receives
-        ]
+        made = partial(dist.P2POp, group=self.group, tag=_tag(kind))
+        operations = [made(dist.isend, x.contiguous(), group_peer=peer) for x, peer in sends]
+        operations += [made(dist.irecv, x, group_peer=peer) for x, peer in receives]
         for x, _ in sends:
             self.count(kind, x.numel() * x.element_size(), 0)
         for x, _ in receives:
@@ -208,7 +206,7 @@ class Communicator:
         choice; on a CPU a thread runs it. The returned function waits for it (on a GPU the current
         stream does) and gives its result, or raises what it raised.
         """
-        traffic = self.traffic.setdefault(kind, Traffic())
+        traffic = self.traffic[kind]
         if device.type == "cuda":
             stream = self.shared.once(("stream", device), lambda: torch.cuda.Stream(device, -1))
             stream.wait_stream(torch.cuda.current_stream(device))
@@ -327,8 +325,14 @@ class Communicator:
 
     def count(self, kind: str, sent: int, received: int) -> None:
         """Count one call of `kind` and the bytes that it moves."""
-        traffic = self.traffic.setdefault(kind, Traffic())
+        traffic = self.traffic[kind]
         if self.size > 1:
             traffic.calls += 1
             traffic.bytes_sent += sent
             traffic.bytes_received += received
+
+
+def _tag(kind: str) -> int:
+    """What tells apart messages of two kinds between two ranks. On a CPU those of one may overtake
+    those of the other, for they come from another thread (`Communicator.background`)."""
+    return zlib.crc32(kind.encode()) >> 1  # an int32 from 0

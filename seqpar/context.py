@@ -1,12 +1,13 @@
 """What a layer needs to know to work on one shard of a sequence: group, layout, exchange."""
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from seqpar.checks import digest
 from seqpar.comm import Communicator
 from seqpar.cost import Choice, Links, choose, nodes_of
 from seqpar.exchange import EXCHANGES
@@ -32,7 +33,8 @@ class SequenceParallel(Once):
     Attributes: layout, exchange, links; comm, the counted communicator; rank, in the group.
 
     Raises:
-        ValueError: the group's size is not the layout's, or the exchange is unknown.
+        ValueError: the group does not hold this rank, its size is not the layout's, or the
+            exchange is unknown.
     """
 
     def __init__(
@@ -54,6 +56,8 @@ class SequenceParallel(Once):
             )
         if comm is None:
             comm = Communicator(_group(group, layout))
+        if comm.rank < 0:
+            raise ValueError("group does not hold this rank: only its members may build this")
         if comm.size != layout.world_size:
             raise ValueError(
                 f"layout has world_size={layout.world_size}, the process group has {comm.size} "
@@ -70,45 +74,43 @@ class SequenceParallel(Once):
         if segment_tokens is not None and segment_tokens < 1:
             raise ValueError(f"segment_tokens={segment_tokens} must be None or from 1; nearest: 1")
         self.segment_tokens = segment_tokens
-        self._reached = False
-        self._pieces: dict[int | None, Pieces] = {}
-        self._choices: dict[tuple[int, int, float], Choice] = {}
 
-    @property
+    @cached_property
     def exchanges(self) -> bool:
         """Whether any rank hands a state to another."""
         return any(self.layout.chain.linked)
 
     def pieces(self, limit: int | None) -> Pieces:
         """This rank's segments, cut to at most `limit` tokens."""
-        if limit not in self._pieces:
+
+        def make() -> Pieces:
             ranges = [
                 [piece for segment in segments for piece in segment.split(limit)]
                 for segments in self.layout.segments(self.rank)
             ]
             flat = [piece for found in ranges for piece in found]
-            ends = list(accumulate(map(len, ranges), initial=0))
-            self._pieces[limit] = Pieces(
+            ends = accumulate(map(len, ranges), initial=0)
+            return Pieces(
                 [(piece.local.start, piece.local.stop) for piece in flat],
                 [piece.continues for piece in flat],
                 [piece.continued for piece in flat],
                 list(pairwise(ends)),
             )
-        return self._pieces[limit]
+
+        return self.once(("pieces", limit), make)
 
     def choice(self, A_bytes: int, B_bytes: int, work: float = 0.0) -> Choice:
         """The exchange for summaries (A, B) of these sizes; print it to see why.
 
         work: operations a token that a layer does while the exchange travels.
         """
-        key = A_bytes, B_bytes, work
-        if key not in self._choices:
+
+        def make() -> Choice:
             rate = self.links.work_rate
             hidden = work * min(self.layout.shard_sizes) / rate if rate else 0.0
-            self._choices[key] = choose(
-                self.exchange, self.layout.chain, self.links, A_bytes, B_bytes, hidden
-            )
-        return self._choices[key]
+            return choose(self.exchange, self.layout.chain, self.links, A_bytes, B_bytes, hidden)
+
+        return self.once(("choice", A_bytes, B_bytes, work), make)
 
     def warm_up(self, device: torch.device) -> None:
         """Make the connections that layers of this layout's kind use, with NCCL seconds' work, now
@@ -142,14 +144,23 @@ class SequenceParallel(Once):
         """
         if self.comm.size == 1:
             return
-        if not self._reached:
-            self.comm.reach(f"{self.layout!r} ({self.layout.digest}), exchange={self.exchange}")
-            self._reached = True
-        shapes = (
-            f"{name} [{', '.join([str(x.shape[0]), 'T', *map(str, x.shape[2:])])}] {x.dtype}"
-            for name, x in tensors.items()
+
+        def announced() -> str:
+            shapes = (
+                f"{name} [{', '.join([str(x.shape[0]), 'T', *map(str, x.shape[2:])])}] {x.dtype}"
+                for name, x in tensors.items()
+            )
+            return f"{call}({', '.join(shapes)})"
+
+        self.once("agreed on", self._agree)
+        forms = ((name, x.shape[0], x.shape[2:], x.dtype) for name, x in tensors.items())
+        self.comm.reach(self.once(("call", call, *forms), announced))
+
+    def _agree(self) -> None:
+        self.comm.reach(
+            f"{self.layout!r} ({self.layout.digest}), exchange={self.exchange}, "
+            f"links {digest(self.links)}"
         )
-        self.comm.reach(f"{call}({', '.join(shapes)})")
 
     def check_shard(self, name: str, x: Tensor) -> None:
         """Raise ValueError unless `x` [B, T, ...] is this rank's shard under the layout."""

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from seqpar.checks import check_beside, first_order, uncompiled
 from seqpar.context import SequenceParallel, alone
 from seqpar.fetch import Routes
 from seqpar.kept import recall, remember
@@ -14,6 +14,7 @@ from seqpar.kernels.choose import uses_triton
 from seqpar.kernels.conv import WIDEST, Convolution
 
 
+@uncompiled
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -69,8 +70,8 @@ def _plan(sp: SequenceParallel, reach: int, device: torch.device) -> _Plan:
 
     def halos(rank: int) -> list[tuple[int, int]]:
         """The up to `reach` tokens of its document before each range."""
-        firsts = [segments[0] for segments in layout.segments(rank)]
-        return [(max(s.start - reach, s.document), s.start) for s in firsts]
+        starts = [start for start, _ in layout.ranges(rank)]
+        return [(max(start - reach, layout.begin(start)), start) for start in starts]
 
     segments = layout.segments(rank)
     seen = routes = None
@@ -130,7 +131,7 @@ class _Conv(torch.autograd.Function):
         return convolution.forward(together, None, weight, bias).index_select(1, plan.own)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, halo, weight, bias = ctx.saved_tensors
         convolution, plan, sp = ctx.plan
@@ -154,10 +155,10 @@ def _check(
     activation: str | None,
     sp: SequenceParallel | None,
 ) -> None:
-    if x.dim() not in (3, 4):
+    if x.dim() not in (3, 4) or not x.numel():
         raise ValueError(
             f"x is {list(x.shape)}, it must be [batch, tokens, channels] or "
-            "[batch, tokens, heads, dim]"
+            "[batch, tokens, heads, dim], none empty"
         )
     channels = x.shape[2:].numel()
     if weight.dim() != 2 or weight.shape[0] != channels or weight.shape[1] < 1:
@@ -166,6 +167,9 @@ def _check(
         )
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f"bias is {list(bias.shape)}, it must be [channels={channels}]")
+    for name, given in (("x", x), ("weight", weight), ("bias", bias)):
+        if given is not None:
+            check_beside(name, given, "x", x)
     if activation not in (None, "silu"):
         raise ValueError(f"activation={activation!r} must be None or 'silu'")
     if sp is not None:

@@ -147,7 +147,7 @@ def doubling(
                 if i + distance < len(chain) and chain.begin(i + distance) <= i
             ]
             wanted = [i for i, _ in mine if chain.begin(i) <= i - distance]
-            outs = {i: B.new_empty(A[0].numel() + B[0].numel()) for i in wanted}
+            outs = {i: B.new_empty(A.shape[1:].numel() + B.shape[1:].numel()) for i in wanted}
             local = {i + distance: x for x, owner, i in sends if owner == comm.rank}
             works = comm.send_receive(
                 [(x, owner) for x, owner, _ in sends if owner != comm.rank],
@@ -248,7 +248,7 @@ def _share(
                 packed = _pack(A[slots[i], None], B[slots[i], None])[0]
                 sends += [(packed, rank) for rank in sorted(needing - {comm.rank})]
             elif comm.rank in needing:
-                receives.append((i, B.new_empty(A[0].numel() + B[0].numel())))
+                receives.append((i, B.new_empty(A.shape[1:].numel() + B.shape[1:].numel())))
     works = comm.send_receive(sends, [(out, chain.owner(i)) for i, out in receives], KIND)
     _finish(works)
     for i, out in receives:
@@ -271,9 +271,9 @@ def _pack(A: Tensor, B: Tensor) -> Tensor:
 
 def _unpack(packed: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """[..., elements] -> A and B of one range each, [..., *shape]."""
-    parts = packed.split([A[0].numel(), B[0].numel()], -1)
+    one_A, one_B = packed.split([A.shape[1:].numel(), B.shape[1:].numel()], -1)
     lead = packed.shape[:-1]
-    return parts[0].view(*lead, *A.shape[1:]), parts[1].view(*lead, *B.shape[1:])
+    return one_A.view(lead + A.shape[1:]), one_B.view(lead + B.shape[1:])
 
 
 def _send(comm: Communicator, x: Tensor, to: int) -> tuple[Any, Tensor]:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from seqpar.checks import first_order, uncompiled
 from seqpar.comm import Communicator
 from seqpar.context import SequenceParallel
 from seqpar.layout import Layout
@@ -16,6 +16,7 @@ from seqpar.layout import Layout
 Ranges = Callable[[int], list[tuple[int, int]]]
 
 
+@uncompiled
 def convert(x: Tensor, target: Layout, sp: SequenceParallel) -> Tensor:
     """This rank's tokens under another layout of the same stream, in one all-to-all.
 
@@ -116,7 +117,7 @@ class _Fetch(torch.autograd.Function):
         return routes.bring(x, comm, kind).transpose(0, 1)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         ctx.comm.reach(f"backward of the exchange of {ctx.kind}, {dout.dtype}")
         batch, tokens, *rest = ctx.shape

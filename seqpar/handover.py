@@ -120,7 +120,7 @@ class Handover(Once):
         """
         if self._late_value[0]:
             raise comm.failure(_lateness(comm, self._late_value[0]))
-        size = B[0].numel() * B.element_size()
+        size = B.shape[1:].numel() * B.element_size()
         A, B = _aligned(A), _aligned(B)
         states = torch.empty_like(B)
         entering: list[Tensor | None] = [None] * len(B)

@@ -74,6 +74,12 @@ class _Neighbours(Communicator):
 
     def reach(self, call: str) -> None:
         """All agree with themselves."""
+        if call.startswith("backward"):
+            raise ValueError(f"{call}: a sequence in parts has no gradients; use torch.no_grad()")
+
+    def all_gather(self, x: Tensor, kind: str = "other") -> Pending:
+        """There is nobody to gather from."""
+        raise ValueError("softmax attention over a sequence in parts must have method='ring'")
 
     def background(
         self, work: Callable[[], T], device: torch.device, kind: str = "other"
@@ -96,6 +102,8 @@ class _Neighbours(Communicator):
         self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], kind: str = "other"
     ) -> Pending:
         """The last inputs [rows, ...] of a convolution."""
+        if kind != "halo":
+            return self.all_gather(x)
         key = self._next("halo ", kind)
         before = self._before.get(key, x[:0])
         self.kept[key] = torch.cat([before, x])[-WIDEST:]

@@ -1,16 +1,18 @@
 """Which tokens of the global stream a rank owns, in which order, and where documents begin."""
 
-import hashlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from operator import index
 
 import torch
 from torch import Tensor
 
 from seqpar.chain import Chain
+from seqpar.checks import digest
+from seqpar.kernels.once import Once
 
 KINDS = ("contiguous", "zigzag", "document_zigzag")
 
@@ -61,7 +63,7 @@ class Segment:
         return slice(self.offset, self.offset + self.stop - self.start)
 
 
-class Layout:
+class Layout(Once):
     """How a stream of tokens is cut over ranks.
 
     contiguous: rank r holds the r-th piece of the stream (equal pieces, or `shard_sizes`).
@@ -89,15 +91,15 @@ class Layout:
         cu_seqlens: Sequence[int] | Tensor | None = None,
         shard_sizes: Sequence[int] | None = None,
     ) -> None:
+        super().__init__()
         self.total_tokens = _positive("total_tokens", total_tokens)
         self.world_size = _positive("world_size", world_size)
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
         self.kind = kind
-        self.cu_seqlens = None if cu_seqlens is None else _boundaries(cu_seqlens, total_tokens)
+        self.cu_seqlens = None if cu_seqlens is None else _boundaries(cu_seqlens, self.total_tokens)
         self.shard_sizes = self._shard_sizes(shard_sizes)
-        self._segments: dict[int, list[list[Segment]]] = {}
-        self._positions: dict[int, Tensor] = {}
+        self._starts = tuple(accumulate(self.shard_sizes, initial=0))  # of contiguous shards
 
     def __repr__(self) -> str:
         documents = len(self.documents) - 1
@@ -109,7 +111,7 @@ class Layout:
     @cached_property
     def documents(self) -> tuple[int, ...]:
         """Boundaries of the documents that hold at least one token, 0 and total_tokens included."""
-        return tuple(sorted({0, self.total_tokens, *(self.cu_seqlens or ())}))
+        return tuple(dict.fromkeys(self.cu_seqlens or (0, self.total_tokens)))
 
     def ranges(self, rank: int) -> list[tuple[int, int]]:
         """The global token ranges [start, stop) of `rank`, in its local order."""
@@ -122,8 +124,7 @@ class Layout:
                 for size in [(stop - start) // (2 * self.world_size)]
                 for i in (rank, 2 * self.world_size - 1 - rank)
             ]
-        start = sum(self.shard_sizes[:rank])
-        return [(start, start + self.shard_sizes[rank])]
+        return [(self._starts[rank], self._starts[rank + 1])]
 
     def local_tokens(self, rank: int) -> int:
         """How many tokens `rank` holds."""
@@ -133,31 +134,32 @@ class Layout:
     @cached_property
     def digest(self) -> str:
         """The same for two layouts only if they are the same."""
-        whole = repr((self.total_tokens, self.kind, self.documents, self.shard_sizes))
-        return hashlib.blake2b(whole.encode(), digest_size=8).hexdigest()
+        # Python's hash of whole numbers is the same in every process
+        return digest(self.total_tokens, self.kind, hash(self.documents), hash(self.shard_sizes))
 
     @cached_property
     def chain(self) -> Chain:
         """Every range of every rank, in the order of the stream."""
-        ranges = [
-            (segments[0], segments[-1], rank, slot)
+        ranges = sorted(
+            (start, stop, rank, slot)
             for rank in range(self.world_size)
-            for slot, segments in enumerate(self.segments(rank))
-        ]
-        ranges.sort(key=lambda found: found[0].start)
-        return Chain(
-            tuple((rank, slot) for _, _, rank, slot in ranges),
-            tuple(first.continues for first, _, _, _ in ranges),
-            tuple(
-                first == last and first.continues and last.continued for first, last, _, _ in ranges
-            ),
+            for slot, (start, stop) in enumerate(self.ranges(rank))
         )
+        linked = [self.begin(start) < start for start, *_ in ranges]
+        through = [
+            enters and bisect_right(self.documents, start) == bisect_right(self.documents, stop)
+            for enters, (start, stop, *_) in zip(linked, ranges, strict=True)
+        ]
+        places = tuple((rank, slot) for _, _, rank, slot in ranges)
+        return Chain(places, tuple(linked), tuple(through))
+
+    def begin(self, token: int) -> int:
+        """The global index of the first token of a token's document."""
+        return self.documents[bisect_right(self.documents, token) - 1]
 
     def segments(self, rank: int) -> list[list[Segment]]:
         """The segments of `rank`: a list for each of its ranges, in local order."""
-        if rank not in self._segments:
-            self._segments[rank] = self.cut(self.ranges(rank))
-        return self._segments[rank]
+        return self.once(("segments", rank), lambda: self.cut(self.ranges(rank)))
 
     def cut(self, ranges: Sequence[tuple[int, int]]) -> list[list[Segment]]:
         """Any global ranges, held one after the other, cut where documents begin."""
@@ -169,14 +171,16 @@ class Layout:
 
     def positions(self, rank: int) -> Tensor:
         """The position of each local token within its document, int64 [local_tokens]."""
-        if rank not in self._positions:
+
+        def make() -> Tensor:
             runs = [
                 torch.arange(segment.start - segment.document, segment.stop - segment.document)
                 for segments in self.segments(rank)
                 for segment in segments
             ]
-            self._positions[rank] = torch.cat(runs)
-        return self._positions[rank]
+            return torch.cat(runs)
+
+        return self.once(("positions", rank), make)
 
     def shard(self, x: Tensor, rank: int, dim: int = 1) -> Tensor:
         """The part of `rank` of a global tensor: tokens along `dim`, in the rank's order."""
@@ -239,12 +243,13 @@ class Layout:
                 f"shard_sizes has {len(sizes)} entries, one for each of world_size="
                 f"{self.world_size} ranks is needed"
             )
+        sizes = _whole("shard_sizes", sizes)
         if sum(sizes) != self.total_tokens or min(sizes) < 1:
             raise ValueError(
                 f"shard_sizes={list(sizes)} must be positive and add up to "
                 f"total_tokens={self.total_tokens}, not {sum(sizes)}"
             )
-        return tuple(int(size) for size in sizes)
+        return sizes
 
     def _check_rank(self, rank: int) -> None:
         if not 0 <= rank < self.world_size:
@@ -252,15 +257,28 @@ class Layout:
 
 
 def _positive(name: str, value: int) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number from 1; nearest: 1")
-    return value
+    [whole] = _whole(name, [value])
+    if whole < 1:
+        raise ValueError(f"{name}={whole} must be a whole number from 1; nearest: 1")
+    return whole
+
+
+def _whole(name: str, values: Iterable[int]) -> tuple[int, ...]:
+    """The values as integers, also of other libraries; what has a fraction is not cut off."""
+    found = []
+    for value in values:
+        try:
+            found.append(index(value))
+        except TypeError:
+            raise ValueError(f"{name} holds {value!r}, it must be a whole number") from None
+    return tuple(found)
 
 
 def _boundaries(cu_seqlens: Sequence[int] | Tensor, total_tokens: int) -> tuple[int, ...]:
-    values = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
+    given = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
+    values = _whole("cu_seqlens", given)
     if not values or values[0] != 0:
-        raise ValueError(f"cu_seqlens must start at 0, not {values[:1]}")
+        raise ValueError(f"cu_seqlens must start at 0, not {list(values[:1])}")
     if values[-1] != total_tokens:
         raise ValueError(
             f"cu_seqlens must end at total_tokens={total_tokens}, not {values[-1]}: it counts "
@@ -269,4 +287,4 @@ def _boundaries(cu_seqlens: Sequence[int] | Tensor, total_tokens: int) -> tuple[
     for i, (a, b) in enumerate(pairwise(values)):
         if b < a:
             raise ValueError(f"cu_seqlens[{i + 1}]={b} must not be below cu_seqlens[{i}]={a}")
-    return tuple(int(value) for value in values)
+    return values

@@ -4,13 +4,15 @@ The scan of states runs at three levels, the same algebra at each: chunks within
 kernels), segments within a rank (here), ranks (the exchange).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from seqpar.checks import first_order, uncompiled
 from seqpar.context import SequenceParallel, alone
 from seqpar.exchange import EXCHANGES
 from seqpar.kept import recall, remember
@@ -25,11 +27,11 @@ def recurrence(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    gates: list[Tensor],
+    gates: Mapping[str, Tensor],
     scale: float,
     sp: SequenceParallel | None,
 ) -> Late:
-    """Start on the tokens of this rank: q, k [B, T, H, K], v, and gates [B, T, HV, D].
+    """Start on the tokens of this rank: q, k [B, T, H, K], v, and gates [B, T, HV, D] by name.
 
     What the caller does before it calls the returned function, once, for o [B, T, HV, V] runs while
     states travel between ranks; its backward pass, while their gradients do: autograd takes what
@@ -37,15 +39,17 @@ def recurrence(
 
     name: the public function's, for messages.
     """
-    call = _Call(name, family, sp or alone(q.shape[1]), scale)
+    call = _Call(name, family, sp or alone(q.shape[1]), scale, tuple(gates))
     with torch.cuda.device_of(q):  # where Triton launches; nothing on a CPU
-        start = _Start.apply(call, q, k, v, *gates)
+        start = _Start.apply(call, q, k, v, *gates.values())
 
-    def finish() -> Tensor:
-        with torch.cuda.device_of(q):
-            return _Finish.apply(call, start)
+    return partial(_finish, call, start)
 
-    return finish
+
+@uncompiled
+def _finish(call: "_Call", start: Tensor) -> Tensor:
+    with torch.cuda.device_of(start):
+        return _Finish.apply(call, start)
 
 
 class _Call:
@@ -56,8 +60,10 @@ class _Call:
     that left the collective out would leave the others waiting.
     """
 
-    def __init__(self, name: str, family: Family, sp: SequenceParallel, scale: float) -> None:
-        self.name, self.family, self.sp, self.scale = name, family, sp, scale
+    def __init__(
+        self, name: str, family: Family, sp: SequenceParallel, scale: float, gates: tuple[str, ...]
+    ) -> None:
+        self.name, self.family, self.sp, self.scale, self.gates = name, family, sp, scale, gates
         self._half: list[Any] = []  # what the first half leaves to the second
 
     def start(self, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor) -> None:
@@ -70,7 +76,8 @@ class _Call:
         entering = _ready(states)
         if known is None and (pieces.left or sp.exchanges):
             if sp.exchanges:
-                sp.enter(self.name, q=q, v=v)
+                named = dict(zip(self.gates, gates, strict=True))
+                sp.enter(self.name, q=q, v=v, **named)
             A, B = prepared.summarize()
             entering = _scan(family, sp, pieces, A, B, states, backwards=False)
         remember(states, A)
@@ -113,26 +120,37 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *inputs: Tensor) -> Tensor:
         ctx.call = call
-        call.start(*inputs)
+        with _full_precision(inputs[0]):
+            call.start(*inputs)
         return inputs[0].new_empty(0)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        return tuple(ctx.call.finish_backward(ctx.needs_input_grad))
+    @first_order
+    def backward(ctx: Any, end: Tensor) -> tuple[Tensor | None, ...]:
+        with _full_precision(end):
+            return tuple(ctx.call.finish_backward(ctx.needs_input_grad))
 
 
 class _Finish(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, start: Tensor) -> Tensor:
         ctx.call = call
-        return call.finish(ctx)
+        with _full_precision(start):
+            return call.finish(ctx)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, do: Tensor) -> tuple[None, Tensor]:
-        ctx.call.start_backward(ctx, do)
+        with _full_precision(do):
+            ctx.call.start_backward(ctx, do)
         return None, do.new_empty(0)
+
+
+def _full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """Autocast would multiply states and summaries in half precision."""
+    device = x.device.type
+    wanted = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if wanted else nullcontext()
 
 
 def _scan(
@@ -157,11 +175,13 @@ def _scan(
 
     transition = family.transition
     whole_B = family.scan(A, B, pieces, none, None, backwards=backwards).transpose(0, 1)
-    whole_A = A.new_zeros(ranges, A.shape[0], *A.shape[2:])
+    passing: list[Tensor | None] = [None] * ranges  # of ranges that a state enters and leaves
     for run in pieces.backward if backwards else pieces.forward:
-        if run.target is not None and run.source is not None:  # otherwise nothing passes through
-            whole_A[run.target] = transition.total(A, run.summaries)
-    A_bytes, B_bytes = (x[0].numel() * x.element_size() for x in (whole_A, whole_B))
+        if run.target is not None and run.source is not None:
+            passing[run.target] = transition.total(A, run.summaries)
+    empty = A.shape[:1] + A.shape[2:]
+    whole_A = _together([A.new_zeros(empty) if x is None else x for x in passing], 0)
+    A_bytes, B_bytes = (x.shape[1:].numel() * x.element_size() for x in (whole_A, whole_B))
     batch, heads, key, value = whole_B.shape[1:]
     work = 2 * batch * heads * CHUNK * (key + value)  # scores and their product with v
     choice = sp.choice(A_bytes, B_bytes, work)
@@ -171,11 +191,15 @@ def _scan(
 
     def late() -> Tensor:
         arrived = [none[:, 0] if state is None else state for state in arriving()]
-        together = torch.stack(arrived, 1) if ranges > 1 else arrived[0][:, None]
-        family.scan(A, B, pieces, together, states, backwards=backwards)
+        family.scan(A, B, pieces, _together(arrived, 1), states, backwards=backwards)
         return states
 
     return late
+
+
+def _together(ranges: list[Tensor], dim: int) -> Tensor:
+    """Stacked; one alone is not copied."""
+    return torch.stack(ranges, dim) if len(ranges) > 1 else ranges[0].unsqueeze(dim)
 
 
 def _ready(states: Tensor) -> Late:

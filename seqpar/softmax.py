@@ -4,17 +4,18 @@ import torch
 from torch import Tensor
 
 from seqpar.blocks import attend
-from seqpar.checks import check_qkv
-from seqpar.context import SequenceParallel
+from seqpar.checks import check_qkv, scale_of, uncompiled
+from seqpar.context import SequenceParallel, alone
 from seqpar.cost import choose_softmax
 from seqpar.fetch import Ranges, Routes, fetch
-from seqpar.layout import Layout
+from seqpar.layout import Layout, Segment
 from seqpar.sources import Gather, Ring
 from seqpar.ulysses import ulysses
 
 METHODS = ("allgather", "ring", "ulysses")
 
 
+@uncompiled
 def softmax_attention(
     q: Tensor,
     k: Tensor,
@@ -46,9 +47,7 @@ def softmax_attention(
         ValueError: shapes or dtypes that do not fit each other, the layout or the method.
     """
     _check(q, k, v, method, sp)
-    if sp is None:
-        sp = SequenceParallel(layout=Layout(q.shape[1], 1))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale, sp = scale_of(scale, q), sp or alone(q.shape[1])
     if method == "auto":
         method = choose_softmax(
             sp.links, sp.layout.total_tokens, q.shape[2], k.shape[2], q.shape[3], q.element_size()
@@ -58,8 +57,13 @@ def softmax_attention(
         return ulysses(q, k, v, causal, scale, sp)
     layout = sp.layout
     source = Ring(sp) if method == "ring" else Gather(sp)
-    held = _traded(layout) if causal and method == "allgather" else layout.ranges
-    segments = [s for found in layout.cut(held(sp.rank)) for s in found]
+    trades = causal and method == "allgather"
+    held = _traded(layout) if trades else layout.ranges
+
+    def cut() -> list[Segment]:
+        return [segment for found in layout.cut(held(sp.rank)) for segment in found]
+
+    segments = sp.once(("segments", trades), cut)
     whole = len(layout.documents) == 2
     if held == layout.ranges:
         return attend(q, k, v, segments, causal, scale, source, whole)

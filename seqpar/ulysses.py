@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from seqpar.blocks import attend
+from seqpar.checks import first_order
 from seqpar.context import SequenceParallel
 from seqpar.layout import Layout
 from seqpar.sources import Gather
@@ -36,10 +36,12 @@ def ulysses(
     owned = mine, kv_mine, kv_mine
     whole_q, whole_k, whole_v = _ToHeads.apply(owned, sp, q, k, v)  # [B, total, own heads, D]
 
-    alone = SequenceParallel(
-        layout=Layout(sp.layout.total_tokens, 1, "contiguous", sp.layout.cu_seqlens)
-    )
-    segments = [s for found in alone.layout.segments(0) for s in found]
+    def make() -> SequenceParallel:
+        layout = sp.layout
+        return SequenceParallel(layout=Layout(layout.total_tokens, 1, cu_seqlens=layout.cu_seqlens))
+
+    here = sp.once("whole stream", make)
+    segments = [s for found in here.layout.segments(0) for s in found]
     whole = len(sp.layout.documents) == 2
     first, stop = mine(sp.rank)
     kv_first, kv_stop = kv_mine(sp.rank)
@@ -53,7 +55,7 @@ def ulysses(
         own = slice(step.start - kv_first, step.stop - kv_first)
         kv = whole_k[:, :, own], whole_v[:, :, own]
         outs.append(
-            attend(whole_q[:, :, served], *kv, segments, causal, scale, Gather(alone), whole)
+            attend(whole_q[:, :, served], *kv, segments, causal, scale, Gather(here), whole)
         )
     return _FromHeads.apply(torch.cat(outs, 2), mine, heads, sp)
 
@@ -66,11 +68,14 @@ class _ToHeads(torch.autograd.Function):
         ctx: Any, owned: Sequence[Heads], sp: SequenceParallel, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.plan = [(held, x.shape[2]) for held, x in zip(owned, tensors, strict=True)], sp
+        # A checkpoint runs again what keeps tensors: all ranks have to, also those without heads.
+        ctx.save_for_backward(tensors[0].new_empty(0))
         return tuple(_to_heads(tensors, owned, sp))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        [_] = ctx.saved_tensors
         return None, None, *_from_heads(gradients, *ctx.plan)
 
 
@@ -83,7 +88,7 @@ class _FromHeads(torch.autograd.Function):
         return _from_heads([x], [(owned, heads)], sp)[0]
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         return _to_heads([dout], *ctx.plan)[0], None, None, None
 

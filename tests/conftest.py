@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -16,3 +17,11 @@ torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
 # The same examples in each run, whatever the load; others each time: --hypothesis-profile=default.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The path of a tiny configuration, beside the corpus that it names."""
+    from launch_setup import workplace
+
+    return workplace(tmp_path_factory.mktemp("corpus"))

@@ -1,9 +1,10 @@
 """A run that is killed and resumed goes on as if nothing had been, or says what is wrong."""
 
+import dataclasses
 import json
 import logging
 import os
-import random
+import re
 import shutil
 import signal
 import time
@@ -12,16 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch_setup import losses, train_on, workplace
+from launch_setup import losses, train_on
 
+from seqpar.launch import checkpoint_files
 from seqpar.launch.failure import UserError
 
 SAVING = ["train.steps=12", "checkpoint.every=4"]
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return workplace(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")
@@ -138,25 +135,26 @@ def test_resumes_with_other_kinds_of_parallelism(
         assert found[step][1] == pytest.approx(expected[step][1], rel=1e-3)
 
 
+def _slow(rank: int) -> None:
+    from seqpar.launch import checkpoint
+
+    module: Any = checkpoint
+    write = module._write
+
+    def waits(*args: Any) -> Any:
+        time.sleep(0.3 * (rank + 1))
+        return write(*args)
+
+    module._write = waits
+
+
 def test_training_goes_on_while_a_checkpoint_is_written(
     config: str, whole: Path, tmp_path: Path
 ) -> None:
     """What is written is the state at its step, however long it takes; the result is the same."""
 
-    def slow(rank: int) -> None:
-        from seqpar.launch import checkpoint
-
-        module: Any = checkpoint
-        write = module._write
-
-        def waits(*args: Any) -> None:
-            time.sleep(0.3 * (rank + 1))
-            write(*args)
-
-        module._write = waits
-
     words = [f"log.folder={tmp_path}/run", *SAVING, "checkpoint.asynchronous=true"]
-    text = train_on(2, config, *words, before=slow)
+    text = train_on(2, config, *words, before=_slow)
     lines = text.splitlines()
     saved = [lines.index(f"checkpoint {tmp_path}/run/checkpoints/step_{n:08d}") for n in (4, 8, 12)]
     assert saved == sorted(saved)
@@ -164,6 +162,28 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     assert losses(tmp_path / "run") == losses(whole)
     train_on(2, config, *words, "checkpoint.resume=8")
     assert losses(tmp_path / "run") == losses(whole)
+
+
+def test_a_checkpoint_under_way_is_finished_before_a_run_ends(config: str, tmp_path: Path) -> None:
+    def diverges(rank: int) -> None:
+        from seqpar.launch import step
+
+        module: Any = step
+        train_step, results = module.train_step, []
+
+        def breaks(*args: Any) -> Any:
+            results.append(train_step(*args))
+            broken = "layer 1 is NaN" if len(results) == 5 else None
+            return dataclasses.replace(results[-1], nonfinite=broken)
+
+        module.train_step = breaks
+        _slow(rank)
+
+    words = [f"log.folder={tmp_path}/run", *SAVING, "checkpoint.asynchronous=true"]
+    with pytest.raises(UserError, match="step 5: layer 1 is NaN: training has diverged"):
+        train_on(2, config, *words, before=diverges)
+    left = [path.name for path in (tmp_path / "run/checkpoints").iterdir()]
+    assert left == ["step_00000004"]
 
 
 def test_a_resumed_run_chooses_its_exchanges_by_the_figures_it_began_with(
@@ -182,6 +202,16 @@ def test_a_resumed_run_chooses_its_exchanges_by_the_figures_it_began_with(
     assert second["links"] == first["links"]  # measured anew, they would differ
 
 
+def test_half_a_line_of_metrics_spoils_no_other(config: str, half: Path) -> None:
+    path = half / "metrics.jsonl"
+    with path.open("a") as file:
+        file.write('{"step": 9, "lo')
+    train_on(2, config, f"log.folder={half}", *SAVING, "checkpoint.resume=latest")
+    lines = path.read_text().splitlines()
+    assert lines.pop(8) == '{"step": 9, "lo'
+    assert [json.loads(line)["step"] for line in lines] == [*range(1, 13), 12]
+
+
 def test_the_optimizer_state_matters_to_these_tests(config: str, half: Path, whole: Path) -> None:
     """Resuming without it gives other losses, so equal losses show that it came back."""
 
@@ -197,28 +227,34 @@ def test_the_optimizer_state_matters_to_these_tests(config: str, half: Path, who
 
 
 def test_killed_while_saving(config: str, half: Path, whole: Path) -> None:
-    """Every rank dies when the files of step 12 are written but not yet checked."""
+    """Every rank dies when its files of the first checkpoint are written."""
 
     def arrange(rank: int) -> None:
         from seqpar.launch import checkpoint
 
         module: Any = checkpoint
-        module._digests = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        write = module._write
+
+        def dies(*args: Any) -> None:
+            write(*args)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        module._write = dies
 
     words = [f"log.folder={half}", *SAVING]
     before = files(half / "checkpoints")
     with pytest.raises(AssertionError, match="died without a word"):
-        # reading checks digests too: start anew elsewhere, die at the first save
         train_on(2, config, f"log.folder={half}-2", *SAVING, before=arrange)
     left = [path.name for path in Path(f"{half}-2/checkpoints").iterdir()]
     assert left == [".writing_step_00000004"]
-    with pytest.raises(UserError, match=r"\.writing_step_00000004 there is half-written"):
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
         train_on(2, config, f"log.folder={half}-2", *SAVING, "checkpoint.resume=latest")
-    # beside good ones it is passed over, and written anew
-    shutil.copytree(
-        f"{half}-2/checkpoints/.writing_step_00000004",
-        half / "checkpoints/.writing_step_00000012",
-    )
+    # beside good ones it is passed over; written anew, or removed
+    for step in (11, 12):
+        shutil.copytree(
+            f"{half}-2/checkpoints/.writing_step_00000004",
+            half / f"checkpoints/.writing_step_000000{step}",
+        )
     train_on(2, config, *words, "checkpoint.resume=latest")
     assert losses(half) == losses(whole)
     after = files(half / "checkpoints")
@@ -239,28 +275,33 @@ def _flip(path: Path) -> None:
 DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
     ("__0_0.distcp", _cut, r"file __0_0\.distcp has \d+ bytes, its manifest says \d+"),
     ("__1_0.distcp", _flip, r"the content of file __1_0\.distcp is not what was written"),
-    (".metadata", Path.unlink, r"file \.metadata is missing"),
+    (".metadata", Path.unlink, r"file \.metadata: No such file"),
     ("metadata.json", _flip, r"the content of file metadata\.json"),
-    ("manifest.json", Path.unlink, r"it is half-written, file manifest\.json: No such file"),
-    ("manifest.json", _cut, r"file manifest\.json is not readable"),
+    ("manifest.json", Path.unlink, r"file manifest\.json: No such file"),
+    ("manifest.json", lambda path: os.truncate(path, 99), r"file manifest\.json is not readable"),
     ("manifest.json", lambda path: path.write_text("{}"), r"file manifest\.json is not readable"),
 ]
 
 
 @pytest.mark.parametrize(("name", "damage", "message"), DAMAGE)
-def test_damage_is_found_and_the_last_good_one_named(
-    name: str, damage: Callable[[Path], Any], message: str, config: str, half: Path
+def test_damage_is_found(
+    name: str, damage: Callable[[Path], Any], message: str, half: Path
 ) -> None:
+    path = half / "checkpoints/step_00000008"
+    assert checkpoint_files.damage(path) is None
+    damage(path / name)
+    assert re.search(message, checkpoint_files.damage(path) or "")
+    assert (checkpoint_files.damage(path, contents=False) is None) == (damage is _flip)
+
+
+def test_a_damaged_one_that_is_asked_for_is_refused(config: str, half: Path) -> None:
     newest = half / "checkpoints/step_00000008"
-    if name == "manifest.json" and damage is _cut:
-        damage = lambda path: path.write_text(path.read_text()[:-9])  # noqa: E731
-    damage(newest / name)
+    _flip(newest / "__1_0.distcp")
     before = files(half)
-    words = [f"log.folder={half}", *SAVING]
-    with pytest.raises(UserError, match=message) as error:
-        train_on(2, config, *words, "checkpoint.resume=8")
+    words = [f"log.folder={half}", *SAVING, "checkpoint.resume=8"]
+    with pytest.raises(UserError, match=r"of file __1_0.distcp is not .*resume=latest") as error:
+        train_on(2, config, *words)
     assert str(newest) in str(error.value)
-    assert "set checkpoint.resume=4" in str(error.value)
     assert files(half) == before
 
 
@@ -285,14 +326,16 @@ def test_the_remedy_works_and_sets_the_damaged_one_aside(
     broken = files(newest)
     train_on(2, config, f"log.folder={half}", *SAVING, "checkpoint.resume=4")
     assert losses(half) == losses(whole)
-    assert files(half / "checkpoints/step_00000008.replaced_1") == broken
+    assert files(half / "checkpoints/replaced_1/step_00000008") == broken
     assert files(newest) != broken
 
 
 def test_when_nothing_is_intact(config: str, half: Path) -> None:
     for path in (half / "checkpoints").iterdir():
         _flip(path / "metadata.json")
-    with pytest.raises(UserError, match=r"no checkpoint in .* is intact: start anew"):
+    with pytest.raises(
+        UserError, match=r"step_00000004 is damaged: .*; none before it is intact: start"
+    ):
         train_on(2, config, f"log.folder={half}", *SAVING, "checkpoint.resume=latest")
 
 
@@ -319,10 +362,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
 
 
 def test_random_numbers_go_on(config: str, tmp_path: Path) -> None:
-    """Of Python, NumPy, torch and Megatron's tracker, drawn once a step."""
+    """Of torch and of Megatron's tracker, drawn in each step; on other ranks, too."""
 
     def draw(rank: int) -> None:
-        import numpy as np
         import torch
         from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
@@ -335,19 +377,50 @@ def test_random_numbers_go_on(config: str, tmp_path: Path) -> None:
             result = train_step(*args)
             with get_cuda_rng_tracker().fork():
                 tracked = torch.rand(1).item()
-            line = [random.random(), np.random.random(), torch.rand(1).item(), tracked]
-            with (tmp_path / "drawn").open("a") as file:
-                file.write(f"{line}\n")
+            with (tmp_path / f"drawn_{rank}").open("a") as file:
+                file.write(f"{torch.rand(1).item()} {tracked}\n")
             return result
 
         module.train_step = draws
 
     words = [f"log.folder={tmp_path}/run", "train.steps=4", "checkpoint.every=2"]
     train_on(1, config, *words, before=draw)
-    train_on(1, config, *words, "checkpoint.resume=2", before=draw)
-    lines = (tmp_path / "drawn").read_text().splitlines()
-    assert lines[2:4] == lines[4:6]
-    assert len(set(lines)) == 4
+    train_on(2, config, *words, "checkpoint.resume=2", before=draw)
+    lines = (tmp_path / "drawn_0").read_text().splitlines()
+    assert lines[2:4] == lines[4:6] == (tmp_path / "drawn_1").read_text().splitlines()
+    assert len({number for line in lines[:4] for number in line.split()}) == 8
+
+
+def test_a_checkpoint_of_another_format_is_refused(config: str, half: Path) -> None:
+    path = half / "checkpoints/step_00000008/manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["format"]  # the first had no number
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="is of format 1, this version of seqpar has format 2"):
+        train_on(2, config, f"log.folder={half}", *SAVING, "checkpoint.resume=latest")
+
+
+def test_weights_in_another_order_are_refused(config: str, half: Path) -> None:
+    def arrange(rank: int) -> None:
+        from seqpar.models.gla import GatedLinearAttention
+
+        vars_of: Any = GatedLinearAttention
+        vars_of.columns = 7
+
+    words = [f"log.folder={half}", *SAVING, "checkpoint.resume=latest"]
+    told = "of GatedLinearAttention in order 1, this version of seqpar has them in order 7"
+    with pytest.raises(UserError, match=told):
+        train_on(2, config, *words, before=arrange)
+
+
+def test_a_run_that_turns_back_keeps_its_own_checkpoints(config: str, half: Path) -> None:
+    """Not those of the course it has left, though their steps are later."""
+    folder = half / "checkpoints"
+    left = files(folder / "step_00000008")
+    words = [f"log.folder={half}", "checkpoint.every=1", "checkpoint.keep=1"]
+    train_on(2, config, *words, "train.steps=6", "checkpoint.resume=4")
+    assert sorted(path.name for path in folder.iterdir()) == ["replaced_1", "step_00000006"]
+    assert files(folder / "replaced_1/step_00000008") == left
 
 
 def test_only_the_newest_are_kept(config: str, tmp_path: Path) -> None:

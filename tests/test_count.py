@@ -11,6 +11,7 @@ from megatron_setup import Rank, Setting, tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from seqpar.kernels import grouped
 from seqpar.launch.checks import ALONE, Sizes
 from seqpar.launch.config import Config
 from seqpar.launch.count import Count, parameters
@@ -167,13 +168,16 @@ def peak_bytes(rank: int, model: ModelConfig, setting: Setting) -> int:
     return peak.most
 
 
+@pytest.mark.parametrize("experts", [0, 8])
 @pytest.mark.parametrize("again", [[], ["linear", "softmax", "mlp"]], ids=str)
 def test_the_peak_of_a_step_is_not_above_what_is_counted(
-    again: list[str], monkeypatch: pytest.MonkeyPatch
+    again: list[str], experts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SEQPAR_KERNELS", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    model = tiny("GDN", **{**SHAPE, "head_dim": 0})
+    monkeypatch.setattr(grouped, "at_once", lambda x, weight: True)  # as on a GPU
+    sizes = {"head_dim": 0, "num_experts": experts, "moe_ffn_hidden_size": 48}
+    model = tiny("GDN", **{**SHAPE, **sizes})
     memory = MemoryConfig(recompute=again, mlp_tokens=64, keep_attention=False)
     setting = Setting(documents=None, memory=memory, tokens=256)
     config = config_of(model, setting)

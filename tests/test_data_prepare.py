@@ -134,15 +134,16 @@ def test_what_is_no_text_is_left_out_and_named(
         "a": b"good",
         "b": b"",
         "c": b"ab\xff",
-        "d.jsonl": b'{"text": ""}',
+        "d.jsonl": b'{"text": ""}\n{"text": "\xff"}\n{"text": "line"}',
     }.items():
         (tmp_path / name).write_bytes(content)  # fmt: skip
     prepare([tmp_path], f"{tmp_path}/out/x")
-    assert texts(tmp_path / "out/x") == ["good"]
+    assert texts(tmp_path / "out/x") == ["good", "line"]
     assert [record.getMessage() for record in caplog.records] == [
         f"left out {tmp_path}/b: empty",
         f"left out {tmp_path}/c: not UTF-8 text (byte 2)",
         f"left out {tmp_path}/d.jsonl:1: empty",
+        f"left out {tmp_path}/d.jsonl:2: not UTF-8 text (byte 10)",
     ]
 
 

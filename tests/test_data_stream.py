@@ -176,7 +176,7 @@ DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
     (".idx", Path.unlink, r"cannot read .*x\.idx \(No such file.*; prepare it with seqpar prepare"),
     (".bin", Path.unlink, r"cannot read .*x\.bin \(No such file"),
     (".bin", _cut, r"x\.bin has \d+ bytes, not \d+; it is damaged or half-written"),
-    (".idx", _cut, r"x\.idx has \d+ bytes, not \d+; it is damaged or half-written"),
+    (".idx", _cut, r"x\.idx is not an index .*; it is damaged or half-written"),
     (".idx", lambda path: path.write_bytes(b""), r"x\.idx is not an index of Megatron's format"),
     (".idx", _replace, r"x\.idx is not an index of Megatron's format"),
     (".json", _cut, r"x\.json is not readable"),

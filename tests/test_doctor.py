@@ -13,15 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
-from launch_setup import train_on, workplace
+from launch_setup import train_on
 
 from seqpar.comm import Communicator
 from seqpar.launch import doctor
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return workplace(tmp_path_factory.mktemp("corpus"))
 
 
 def examined(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[object, str]:
@@ -119,7 +114,7 @@ def test_data_and_checkpoints_are_looked_at(
     os.truncate(tmp_path / "run/checkpoints/step_00000002/.metadata", 9)
     code, text = examined(capsys, *words, "data.held_out=nowhere")
     assert "1 fault to put right" in str(code)
-    assert "step_00000002 is damaged: .metadata" in text
+    assert "step_00000002 is damaged: file .metadata has 9 bytes" in text
     assert "the newest good one is step_00000001" in text
     assert "cannot read nowhere.idx" in text
     usage: Any = type("usage", (), {"free": 10, "total": 1e12})

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 from harness import run_ranks
-from launch_setup import train_on, workplace
+from launch_setup import train_on
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+def trained(config: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A configuration, and the word that names the folder of a run of it on two ranks."""
-    config = workplace(tmp_path_factory.mktemp("corpus"))
     word = f"log.folder={tmp_path_factory.mktemp('runs')}/run"
     train_on(2, config, word, "model.pattern=GDN")
     return config, word
@@ -150,7 +149,11 @@ WRONG = [
     (["--length", "8k"], "--length=8k must be a whole number; did you mean 8K?"),
     (["--needle", "--length", "20"], "--length=20 must be at least"),
     (["--depths", "0,2", "--needle"], "--depths=0,2 must be numbers from 0 to 1"),
+    (["--depths", "all", "--needle"], "--depths=all must be numbers from 0 to 1"),
     (["--prompt", ""], "--prompt is empty"),
+    (["--documents", "0"], "--documents=0 must be a whole number from 1"),
+    (["--temperature", "-1"], "--temperature=-1.0 must be at least 0"),
+    (["--step", "newest"], '--step=newest must be "latest" or the step of a checkpoint'),
 ]
 
 

@@ -1,4 +1,4 @@
-"""The Triton convolution and norms on a GPU against fp64: `pytest -m gpu` on one GPU.
+"""The Triton convolution, norms and gate on a GPU against fp64: `pytest -m gpu` on one GPU.
 
 The bound is twice the error of plain PyTorch on the same inputs and dtype, or one unit in the last
 place of fp32.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import seqpar
+from seqpar.kernels.gate import gated_silu
 from seqpar.kernels.norm import gated_rms_norm, unit
 
 pytestmark = [
@@ -178,6 +179,18 @@ def test_norms(dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.M
     for kind in kinds:
         check(partial(gated_rms_norm, **kind), given, dy, monkeypatch)
     check(unit, {"x": given["x"]}, dy, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 8), (301, 24), (1000, 896), (17, 3000), (65536, 896)], ids=str
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gate_of_experts(
+    dtype: torch.dtype, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, dim = shape
+    given = {"x": randn(rows, 2 * dim).to(dtype), "scale": randn(rows, seed=1)}
+    check(gated_silu, given, randn(rows, dim, seed=2).to(dtype), monkeypatch)
 
 
 def test_more_than_two_billion_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

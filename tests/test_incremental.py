@@ -9,6 +9,8 @@ import torch
 from harness import assert_close, run_ranks
 from torch import Tensor
 
+import seqpar
+from seqpar.incremental import Incremental
 from seqpar.models.config import ModelConfig
 
 MODEL = ModelConfig(
@@ -68,6 +70,22 @@ def test_parts_give_the_logits_of_the_whole(parts: list[int], pattern: str) -> N
 
     [(found, expected)] = run_ranks(work, 1)
     assert_close("logits", found, expected, 1e-5)
+
+
+def test_what_parts_cannot_do_is_refused() -> None:
+    q = torch.randn(1, 4, 2, 4, requires_grad=True)
+    for method in ("auto", "allgather", "ulysses"):
+        sp = Incremental().part(4)
+        with torch.no_grad(), pytest.raises(ValueError, match="must have method='ring'"):
+            seqpar.softmax_attention(q, q, q, method=method, sp=sp)
+    sp = Incremental().part(4)
+    for o in (
+        seqpar.linear_attention(q, q, q, sp=sp),
+        seqpar.softmax_attention(q, q, q, method="ring", sp=sp),
+        seqpar.causal_conv1d(q, torch.randn(8, 4), sp=sp),
+    ):
+        with pytest.raises(ValueError, match=r"no gradients; use torch\.no_grad"):
+            o.sum().backward()
 
 
 def test_generation_is_the_argmax_of_the_parallel_forward_pass() -> None:

@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from launch_setup import losses, train_on, workplace
+from launch_setup import losses, train_on
 
 HERE = Path(__file__).parent
 WRITTEN = {"config.yaml", "metrics.jsonl", "checkpoints"}
@@ -65,11 +65,6 @@ def train_with(path: str, config: str, folder: Path) -> str:
     )
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return workplace(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launch_setup import losses, workplace
+from launch_setup import losses
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN, SLURM = ROOT / "launch/torchrun.sh", ROOT / "launch/slurm.sh"
@@ -209,9 +209,10 @@ def kill_node(script: subprocess.Popen[bytes]) -> None:
 
 @pytest.mark.complete
 @pytest.mark.parametrize("nodes", ["2", "1:2"], ids=["replaced", "left out"])
-def test_a_node_that_is_killed_does_not_end_the_run(nodes: str, tmp_path: Path) -> None:
+def test_a_node_that_is_killed_does_not_end_the_run(
+    nodes: str, config: str, tmp_path: Path
+) -> None:
     """It is replaced by another, or the run goes on with one node less."""
-    config = workplace(tmp_path / "corpus")
     whole = Nodes(config, tmp_path / "whole", 60, NNODES="2")
     agents = [whole.start(), whole.start()]
     assert [agent.wait(120) for agent in agents] == [0, 0]
@@ -234,8 +235,7 @@ def test_a_node_that_is_killed_does_not_end_the_run(nodes: str, tmp_path: Path) 
 
 
 @pytest.mark.complete
-def test_a_real_run_saves_at_a_signal_and_goes_on(tmp_path: Path) -> None:
-    config = workplace(tmp_path / "corpus")
+def test_a_real_run_saves_at_a_signal_and_goes_on(config: str, tmp_path: Path) -> None:
     job = Nodes(config, tmp_path / "run", 60, NNODES="1")
     agent = job.start()
     until(lambda: job.trained() >= 3, 120)

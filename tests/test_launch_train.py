@@ -4,20 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import run_ranks
-from launch_setup import CONFIG, losses, train_on, workplace
+from launch_setup import CONFIG, losses, train_on
 
 from seqpar.comm import Communicator
+from seqpar.launch.data import Corpus
 from seqpar.launch.failure import UserError, together
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return workplace(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +94,7 @@ WRONG = [
     ("model.vocab_size=256", "model.vocab_size=256 must be at least 257"),
     ("data.sequence_length=1M", "data.sequence_length=1048576 is more than all"),
     ("parallel.stages=[1,2]", "parallel.stages=[1, 2] must be layers of each stage and add up"),
-    ("checkpoint.resume=latest", "holds no checkpoint"),
+    ("checkpoint.resume=latest", "holds no complete checkpoint"),
     ("log.folder=/proc/nowhere", "/proc/nowhere"),
     ("model.num_heads=3", "model.num_heads=3 must divide model.hidden_size=32"),
     ("parallel.expert=3", "parallel.expert=3 must divide"),
@@ -142,6 +139,45 @@ def test_a_mistake_of_one_rank_ends_all(config: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Input/output error.*words.bin"):
         train_on(2, config, f"log.folder={tmp_path}/run", before=break_reading)
     assert 0 < len(losses(tmp_path / "run")) < 20
+
+
+def _with_other_settings(rank: int) -> None:
+    from seqpar.launch import train
+
+    module: Any = train
+    load = module.load_config
+    words = ["train.steps=5"] if rank == 1 else []
+    module.load_config = lambda path, overrides: load(path, [*overrides, *words])
+
+
+def _with_other_data(rank: int) -> None:
+    from seqpar.launch import data
+
+    vars(data)["open_corpus"] = lambda config, field: Corpus(
+        config.data.path + (".held_out" if rank == 1 else ""), 257
+    )
+
+
+def _with_another_disk(rank: int) -> None:
+    exists = Path.exists
+    if rank == 1:
+        vars_of: Any = Path
+        vars_of.exists = lambda path: path.name != "config.yaml" and exists(path)
+
+
+@pytest.mark.parametrize(
+    ("arrange", "message"),
+    [
+        (_with_other_settings, "train.steps is 20 on rank 0 and 5 on rank 1; start all nodes with"),
+        (_with_other_data, r"data\.path \(number of tokens\) is \d+ on rank 0 and \d+ on rank 1"),
+        (_with_another_disk, "config.yaml is not seen by host .*: log.folder must lie on a file"),
+    ],
+)
+def test_nodes_that_differ_are_told(
+    arrange: Callable[[int], None], message: str, config: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train_on(2, config, f"log.folder={tmp_path}/run", before=arrange)
 
 
 def test_divergence_is_told(config: str, tmp_path: Path) -> None:

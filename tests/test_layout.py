@@ -106,6 +106,9 @@ def test_zigzag_gives_each_rank_an_early_and_a_late_piece() -> None:
         ),
         ({"total_tokens": 3, "world_size": 4}, "nearest: 4"),
         ({"total_tokens": 0, "world_size": 1}, "total_tokens=0 must be a whole number from 1"),
+        ({"total_tokens": 8.5, "world_size": 1}, r"total_tokens holds 8\.5.* whole number"),
+        ({"total_tokens": 8, "world_size": 2, "cu_seqlens": [0, 3.5, 8]}, r"cu_seqlens holds 3\.5"),
+        ({"total_tokens": 8, "world_size": 2, "shard_sizes": [2.5, 5.5]}, r"sizes holds 2\.5"),
         ({"total_tokens": 8, "world_size": 2, "kind": "striped"}, "kind='striped' must be one of"),
         ({"total_tokens": 8, "world_size": 2, "cu_seqlens": [1, 8]}, "start at 0"),
         ({"total_tokens": 8, "world_size": 2, "cu_seqlens": [0, 4]}, "end at total_tokens=8"),
@@ -122,6 +125,13 @@ def test_zigzag_gives_each_rank_an_early_and_a_late_piece() -> None:
 def test_impossible_layouts_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Layout(**arguments)
+
+
+def test_integers_of_other_libraries_are_taken() -> None:
+    numbers = torch.tensor([0, 3, 8]).numpy()
+    sizes = torch.tensor([5, 3])
+    layout = Layout(numbers[2], torch.tensor(2), cu_seqlens=numbers, shard_sizes=sizes)  # type: ignore[arg-type]
+    assert layout.digest == Layout(8, 2, cu_seqlens=[0, 3, 8], shard_sizes=[5, 3]).digest
 
 
 def test_tensors_of_another_length_are_refused() -> None:

@@ -14,6 +14,8 @@ from megatron_setup import Rank, Setting, adam, tiny, train_step, whole_weights
 from torch import Tensor
 
 from seqpar.launch.optimizer_state import load_state, sharded_state
+from seqpar.models.gla import GatedLinearAttention
+from seqpar.models.mixer import SequenceMixer
 
 # Megatron starts a manager process to hand over results; saving within this process needs none.
 filesystem_async._results_queue = queue.SimpleQueue()
@@ -98,12 +100,8 @@ def run(
     return found
 
 
-def halved() -> dict[str, Tensor]:
-    return {name: weight / 2 for name, weight in whole_weights(MODEL).items()}
-
-
 def check(writer: str, readers: list[str], folder: Path, bound: float, **config: Any) -> None:
-    through = run(writer, folder, halved(), **config)
+    through = run(writer, folder, whole_weights(MODEL), **config)
     for reader in readers:
         assert run(reader, folder, **config) == pytest.approx(through, rel=bound), reader
 
@@ -143,8 +141,28 @@ def test_bfloat16_resumes_with_the_other_optimizer(tmp_path: Path) -> None:
 
 
 def test_the_moments_matter_to_these_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    through = run("one", tmp_path, halved())
+    through = run("one", tmp_path, whole_weights(MODEL))
     monkeypatch.setattr("seqpar.launch.optimizer_state.MOMENTS", ("exp_avg",))
     monkeypatch.setattr(f"{__name__}.load_state", lambda *_, **__: None)
     found = run("one", tmp_path)
     assert all(abs(a / b - 1) > 1e-3 for a, b in itertools.pairwise([found[3], through[3]]))
+
+
+def test_weights_in_another_order_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("one", tmp_path, whole_weights(MODEL))
+    monkeypatch.setattr(GatedLinearAttention, "columns", 9)
+    with pytest.raises(AssertionError, match="in order 1, this version of seqpar has them in or"):
+        run("one", tmp_path)
+
+
+def test_weights_without_a_number_of_their_order_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Versions before the first number wrote none."""
+    with monkeypatch.context() as older:
+        older.setattr(SequenceMixer, "get_extra_state", torch.nn.Module.get_extra_state)
+        run("one", tmp_path, whole_weights(MODEL))
+    with pytest.raises(AssertionError, match=r"self_attention\._extra_state"):
+        run("one", tmp_path)

@@ -1,4 +1,4 @@
-"""No public function ignores `sp`, whatever its other arguments; NaN and Inf are not swallowed."""
+"""Of every public function: none ignores `sp`, swallows NaN, or answers what it cannot."""
 
 import inspect
 from collections.abc import Callable
@@ -9,6 +9,7 @@ import pytest
 import torch
 from harness import assert_close, run_ranks
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 import seqpar
 
@@ -118,3 +119,33 @@ def test_what_is_not_finite_reaches_later_ranks_of_its_document_only(name: str, 
     else:
         assert not torch.isfinite(whole[:, place + 1]).any()  # on the next rank
     assert torch.isfinite(whole[:, document:]).all()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_gradient_of_a_gradient_is_refused(name: str) -> None:
+    """Also where the input is used elsewhere, which alone has one."""
+    arguments = combinations(name)[0]
+    x = arguments["x" if name == "causal_conv1d" else "v"].requires_grad_()
+    loss = FUNCTIONS[name](**arguments).square().sum() + x.pow(3).sum()
+    with pytest.raises(ValueError, match="create_graph=True must be False"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_compiled_code_calls_it_as_it_is(name: str) -> None:
+    arguments = combinations(name)[0]
+    tensors = {key: x.requires_grad_() for key, x in arguments.items() if isinstance(x, Tensor)}
+
+    def loss(given: dict[str, Tensor]) -> Tensor:
+        doubled = {key: 2 * x for key, x in given.items()}
+        return FUNCTIONS[name](**arguments | doubled).sin().sum()
+
+    def gradients(loss: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss(tensors), list(tensors.values()))
+
+    torch._dynamo.reset()
+    counters.clear()
+    found = gradients(torch.compile(loss, backend="eager"))
+    assert counters["stats"]["unique_graphs"] == 2, "one before it and one after"
+    for result, wanted in zip(found, gradients(loss), strict=True):
+        assert_close(name, result, wanted, 1e-10)

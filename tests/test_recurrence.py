@@ -1,6 +1,7 @@
 """linear_attention and delta_attention on shards against the token loop: outputs, all gradients."""
 
 import random
+import time
 from collections.abc import Callable
 from functools import cache
 from itertools import product
@@ -11,6 +12,7 @@ from harness import assert_close, run_ranks
 from torch import Tensor
 
 import seqpar
+from seqpar.attention import start_linear_attention
 from seqpar.kernels import reference
 
 TOKENS, HEADS, K, V = 192, 2, 6, 5
@@ -200,6 +202,36 @@ def test_fp32_is_within_1e_5() -> None:
     check("auto", 2, "zigzag", "whole", torch.float32, 1e-5)
 
 
+@pytest.mark.parametrize("exchange", ["allgather", "doubling"])
+def test_autocast_leaves_states_in_full_precision(exchange: str) -> None:
+    """Forward and backward within it."""
+    with torch.autocast("cpu", torch.bfloat16):
+        check(exchange, 3, "contiguous", "packed", torch.float32, 1e-5)
+
+
+def test_messages_of_other_layers_may_come_between_the_halves_of_a_recurrence() -> None:
+    """States go round by a thread on a CPU, keys and values by the caller, between the same ranks:
+    which are sent first is not the same on all of them."""
+    layout, x = seqpar.Layout(48, 3), torch.randn(1, 48, 8, 4, dtype=torch.float64)
+    expected = seqpar.linear_attention(x, x, x), seqpar.softmax_attention(x, x, x)
+
+    def work(rank: int) -> list[tuple[Tensor, Tensor]]:
+        sp = seqpar.SequenceParallel(layout=layout, exchange="ring")
+        q, found = layout.shard(x, rank), []
+        for turn in range(20):
+            if rank == turn % 3:
+                time.sleep(0.002)
+            finish = start_linear_attention(q, q, q, sp=sp)
+            between = seqpar.softmax_attention(q, q, q, method="ring", sp=sp)
+            found.append((finish(), between))
+        return found
+
+    for rank, turns in enumerate(run_ranks(work, 3)):
+        for results in turns:
+            for result, whole in zip(results, expected, strict=True):
+                assert_close(f"rank {rank}", result, layout.shard(whole, rank), 1e-10, whole=whole)
+
+
 @pytest.mark.parametrize("segment_tokens", [1, 7, 64])
 def test_the_numbers_do_not_depend_on_how_a_rank_cuts_its_tokens(segment_tokens: int) -> None:
     check("auto", 2, "zigzag", "packed", segment_tokens=segment_tokens)
@@ -275,6 +307,8 @@ def test_documents_that_end_with_the_rank_exchange_nothing() -> None:
         ({"v": torch.zeros(1, 8, 2, 4).half()}, "dtype"),
         ({"log_decay": torch.zeros(1, 8)}, "log_decay is .* must be"),
         ({"log_decay": torch.zeros(1, 8, 2).long()}, "floating"),
+        ({"log_decay": torch.zeros(1, 8, 2, device="meta")}, "log_decay is on meta, v on cpu"),
+        ({"scale": torch.ones(())}, r"scale is a tensor.* scale=1\.0"),
         ({"sp": seqpar.SequenceParallel(layout=seqpar.Layout(16, 1))}, "q has 8 tokens"),
         (
             {"sp": seqpar.SequenceParallel(layout=seqpar.Layout(8, 1, cu_seqlens=[0, 3, 8]))},

@@ -10,15 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from launch_setup import losses, train_on, workplace
+from launch_setup import losses, train_on
 from megatron.core.dist_checkpointing.strategies import common
 
 from seqpar.launch.failure import Stopped, UserError
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return workplace(tmp_path_factory.mktemp("corpus"))
 
 
 def _kill_after(seconds: float, victim: int, number: int) -> Callable[[int], None]:

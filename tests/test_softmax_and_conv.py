@@ -1,11 +1,13 @@
 """softmax_attention and causal_conv1d on shards against the dense loops: outputs, all gradients."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from harness import assert_close, run_ranks
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import seqpar
 from seqpar.cost import Links, choose_softmax
@@ -104,6 +106,26 @@ def test_heads_that_ranks_do_not_divide(world_size: int, kv_heads: int) -> None:
     for method in METHODS:
         case = softmax_case(1, True, method, kv_heads)
         check(case, layouts(world_size, "contiguous", True), torch.float64, 1e-10)
+
+
+def test_a_checkpoint_runs_again_on_ranks_without_heads_too() -> None:
+    """Two heads over three ranks: what is run again exchanges again, on all of them."""
+    layout = seqpar.Layout(TOKENS, 3)
+    q = softmax_case(1, True, heads=2)[2]["q"]
+    leaf = q.clone().requires_grad_()
+    seqpar.softmax_attention(leaf, leaf, leaf).square().sum().backward()
+    expected = leaf.grad
+    assert expected is not None
+
+    def work(rank: int) -> Tensor:
+        sp = seqpar.SequenceParallel(layout=layout)
+        attend = partial(seqpar.softmax_attention, method="ulysses", sp=sp)
+        mine = layout.shard(q, rank).requires_grad_()
+        o = checkpoint(lambda x: attend(x * 1.0, x * 1.0, x * 1.0), mine, use_reentrant=False)
+        return torch.autograd.grad(o.square().sum(), mine)[0]
+
+    for rank, found in enumerate(run_ranks(work, 3)):
+        assert_close(f"rank {rank}", found, layout.shard(expected, rank), 1e-10, whole=expected)
 
 
 @pytest.mark.parametrize("room", [1 << 30, 0])
@@ -231,7 +253,9 @@ def test_conversion_refuses_another_stream() -> None:
         ({"q": torch.zeros(1, 8, 3, 4)}, "2 heads.* divisor of q's 3; nearest: 1"),
         ({"q": torch.zeros(1, 7, 4, 4)}, "must have q's batch"),
         ({"method": "rings"}, "method='rings' must be one of auto, allgather, ring, ulysses"),
-        ({"q": torch.zeros(1, 8, 4, 4).double()}, "one floating dtype"),
+        ({"q": torch.zeros(1, 8, 4, 4).double()}, "must share one dtype"),
+        ({"k": torch.zeros(1, 8, 2, 4, device="meta")}, "k is on meta, q on cpu"),
+        ({"scale": torch.ones(())}, r"scale is a tensor.* scale=1\.0"),
         ({"sp": seqpar.SequenceParallel(layout=seqpar.Layout(16, 1))}, "q has 8 tokens"),
     ],
 )
@@ -245,6 +269,9 @@ def test_softmax_refuses_what_does_not_fit(change: dict, message: str) -> None:
     ("change", "message"),
     [
         ({"x": torch.zeros(8, 5)}, "x is .* must be"),
+        ({"x": torch.zeros(1, 0, 5)}, "none empty"),
+        ({"x": torch.zeros(1, 8, 5).long()}, "x is torch.int64, it must be a floating dtype"),
+        ({"weight": torch.zeros(5, 4, device="meta")}, "weight is on meta, x on cpu"),
         ({"weight": torch.zeros(4, 4)}, "channels=5"),
         ({"bias": torch.zeros(4)}, "bias is"),
         ({"activation": "relu"}, "activation='relu' must be None or 'silu'"),

@@ -11,16 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from launch_setup import losses, train_on, workplace
+from launch_setup import losses, train_on
 
 from seqpar.launch import flops
 from seqpar.launch.failure import UserError
 from seqpar.models.config import ModelConfig
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return workplace(tmp_path_factory.mktemp("corpus"))
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

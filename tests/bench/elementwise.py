@@ -1,4 +1,4 @@
-"""Time of the convolution and the norms of heads on one GPU, beside the memory's floor.
+"""Time of convolution, norms of heads and gate of experts on one GPU, beside the memory's floor.
 
     python -m tests.bench.elementwise
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import seqpar
+from seqpar.kernels.gate import gated_silu
 from seqpar.kernels.norm import gated_rms_norm, unit
 
 from .kernels import copy_bandwidth, median_ms
@@ -28,6 +29,7 @@ CASES: dict[str, tuple[list[tuple[int, ...]], list[tuple[int, ...]]]] = {
     "conv": ([(1, TOKENS, 6144)], [(6144, 4)]),
     "gated norm": ([(1, TOKENS, 16, 128)] * 2, [(128,)]),
     "unit": ([(1, TOKENS, 16, 128)], []),
+    "gate": ([(4 * TOKENS, 2 * 896)], [(4 * TOKENS,)]),
 }
 
 
@@ -44,11 +46,14 @@ def main() -> None:
             for shape in (*large, *small)
         ]
         tensor = inputs[0].numel() * inputs[0].element_size()
-        moved = len(large) + 1  # x, gate, y
+        ways = functions(case)
+        with torch.no_grad():
+            dy = torch.randn_like(ways["seqpar"](*inputs))
+        moved = len(large) + dy.numel() / inputs[0].numel()  # x, gate, y
         forward_floor = moved * tensor / rate * 1e3
         both_floor = (2 * moved + len(large)) * tensor / rate * 1e3
-        for who, function in functions(case).items():
-            forward, both = measure(function, inputs)
+        for who, function in ways.items():
+            forward, both = measure(function, inputs, dy)
             print(
                 f"{case:10} {who:8} {forward:8.3f} {forward_floor:8.3f} {both:8.3f} "
                 f"{both_floor:8.3f} {both / both_floor:8.2f}",
@@ -63,7 +68,7 @@ def functions(case: str) -> dict[str, Callable[..., Tensor]]:
         return seqpar.causal_conv1d(x, weight, activation="silu")
 
     known: dict[str, Callable[..., Tensor]]
-    known = {"conv": conv, "gated norm": gated_rms_norm, "unit": unit}
+    known = {"conv": conv, "gated norm": gated_rms_norm, "unit": unit, "gate": gated_silu}
     ours = known[case]
 
     def plain(*inputs: Tensor) -> Tensor:
@@ -85,7 +90,7 @@ def fla(case: str) -> Callable[..., Tensor] | None:
         "gated norm": ("rms_norm_gated", ("fla.modules.fused_norm_gate",)),
         "unit": ("l2norm", ("fla.modules.l2norm",)),
     }
-    name, modules = places[case]
+    name, modules = places.get(case, ("", ()))
     function: Any = None
     for module in modules:
         try:
@@ -102,9 +107,10 @@ def fla(case: str) -> Callable[..., Tensor] | None:
     return calls[case]
 
 
-def measure(function: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[float, float]:
+def measure(
+    function: Callable[..., Tensor], inputs: list[Tensor], dy: Tensor
+) -> tuple[float, float]:
     """ms forward, and forward and backward; NaN where memory or the function fails."""
-    dy = torch.randn_like(inputs[0])
 
     def forward() -> None:
         with torch.no_grad():

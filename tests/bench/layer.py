@@ -9,9 +9,9 @@ ahead, medians, forward and backward; `host` is what launching takes. `ideal` is
 causal softmax, whose work a token grows with the sequence, the time that one GPU takes for the
 whole sequence, divided by P. Efficiency is ideal / P GPUs.
 
-`step` is forward, backward and AdamW of a hybrid language model (GPTModel of Megatron-Core, bf16,
-each layer recomputed in the backward pass); gradients are summed over ranks at its end, in one
-message, with nothing beside. Without a GPU everything runs over gloo, on small sizes. --out takes
+`step` is a training step of a hybrid language model as the trainer runs it: bf16, each layer made
+again in the backward pass, beside which gradients are summed over ranks in fp32 by Megatron's DDP,
+and AdamW of its optimizer. Without a GPU everything runs over gloo, on small sizes. --out takes
 layer.csv, a row as soon as it is measured, and layer.png at the end. --trace writes what the
 profiler saw of one layer of each kind, and draws which stream was at work when.
 """
@@ -19,13 +19,13 @@ profiler saw of one layer of each kind, and draws which stream was at work when.
 import argparse
 import importlib.util
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import seqpar
@@ -160,13 +160,20 @@ class Layers:
         return (self.args.pattern * self.args.layers)[: self.args.layers]
 
     def network(self) -> Any:
-        """The language model, whole on each rank."""
+        """Megatron's DDP of the language model, whole on each rank."""
         if self._network is not None:
             return self._network
         from megatron.core import parallel_state, tensor_parallel
         from megatron.core.process_groups_config import ProcessGroupCollection
 
-        from seqpar.models import ModelConfig, build_language_model, compat, transformer_config
+        from seqpar.launch.setup import data_parallel
+        from seqpar.models import (
+            MemoryConfig,
+            ModelConfig,
+            build_language_model,
+            compat,
+            transformer_config,
+        )
 
         compat.install()
         args = self.args
@@ -180,25 +187,23 @@ class Layers:
         )
         parallel_state.initialize_model_parallel(context_parallel_size=self.comm.size)
         tensor_parallel.model_parallel_cuda_manual_seed(1)
-        config = transformer_config(
-            model,
-            context_parallel=self.comm.size,
-            dtype=DTYPE,
-            recompute_granularity="full",
-            recompute_method="uniform",
-            recompute_num_layers=1,
-        )
+        config = transformer_config(model, context_parallel=self.comm.size, dtype=DTYPE)
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        [network] = build_language_model(model, config, groups)
-        self._network = network.to(DEVICE, DTYPE)
+        memory = MemoryConfig(recompute=["linear", "softmax", "mlp"])
+        [network] = build_language_model(model, config, groups, memory=memory)
+        network = network.to(DEVICE, DTYPE)
+        [self._network] = data_parallel(config, [network], groups, distributed=False, overlap=True)
         numbers = sum(parameter.numel() for parameter in network.parameters())
         self.bench.say(f"{self.letters} of {args.mixer}, {numbers / 1e9:.2f} billion parameters")
         return self._network
 
     def step(self, tokens: int) -> tuple[float, float, float, float]:
         """Of the training step: alone, ideal, together, and the host's."""
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
         network, size = self.network(), self.comm.size
-        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=CUDA)
+        options = OptimizerConfig(optimizer="adam", lr=1e-5, bf16=CUDA, params_dtype=DTYPE)
+        optimizer = get_megatron_optimizer(options, [network], use_gloo_process_groups=False)
 
         def step_of(size: int) -> Callable[[], None]:
             return partial(self.one_step, network, optimizer, tokens, self.sp(tokens, size))
@@ -208,29 +213,25 @@ class Layers:
             together = self.bench.milliseconds(step_of(size), self.args.repeats)
         host = self.bench.host_milliseconds(step_of(size), 3)
         if size > 1:
-            network.zero_grad()
             more = self.softmax(size * tokens) / size - self.softmax(tokens)
             ideal = alone + self.letters.count("N") * more
         return alone, ideal, together, host
 
-    def one_step(
-        self, network: Any, optimizer: torch.optim.Optimizer, tokens: int, sp: SequenceParallel
-    ) -> None:
+    def one_step(self, network: Any, optimizer: Any, tokens: int, sp: SequenceParallel) -> None:
         from seqpar.models import Batch, forward_step
 
+        network.zero_grad_buffer()
+        optimizer.zero_grad()
         ids = torch.arange(tokens, device=DEVICE)[None] % self.args.vocabulary
         batch = Batch(ids, ids, torch.ones(ids.shape, device=DEVICE), sp)
         output, loss_of = forward_step(iter([batch]), network)
         loss, count, _ = loss_of(output)
-        (loss / count).backward()
-        if sp.comm.size > 1:
-            found = [x.grad for x in network.parameters() if x.grad is not None]
-            buffer = torch._utils._flatten_dense_tensors(found)
-            dist.all_reduce(buffer, group=sp.comm.group)
-            parts = torch._utils._unflatten_dense_tensors(buffer, found)
-            torch._foreach_copy_(found, list(parts))
+        alone = sp.comm.size == 1
+        with network.no_sync() if alone else nullcontext():
+            (loss / count).backward()
+        if not alone:
+            network.finish_grad_sync()
         optimizer.step()
-        optimizer.zero_grad()
 
     def softmax(self, tokens: int) -> float:
         """ms that a layer's softmax attention takes one GPU in a step: forward twice, backward."""
@@ -248,9 +249,10 @@ class Layers:
         return self.bench.milliseconds(work, args.repeats)
 
     def traces(self) -> None:
-        layers = self.network().decoder.layers
-        for index in {letter: self.letters.index(letter) for letter in self.letters}.values():
-            self.trace(layers[index], 32 * UNIT)
+        layers = self.network().module.decoder.layers
+        with self.network().no_sync():  # gradients stay where they are
+            for index in {letter: self.letters.index(letter) for letter in self.letters}.values():
+                self.trace(layers[index], 32 * UNIT)
 
     def trace(self, layer: Any, tokens: int) -> None:
         """One layer's forward and backward under the profiler: a trace and a picture, of rank 0."""
