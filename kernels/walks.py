@@ -313,7 +313,10 @@ class DeltaPrepared:
         return self.v.shape[0] * self.v.shape[2] * len(table)
 
     def _values(self, states: Tensor, **more: Tensor) -> dict[str, Any]:
-        """Numbers and constants of all kernels, by name; more: tensors that only some have."""
+        """Numbers and constants of all kernels, by name.
+
+        states: those the kernel reads, any tensor if none. more: tensors whose strides some take.
+        """
         passes, (batch, tokens, heads, V) = self.passes, self.v.shape
         config = self._config
         operand, precision = products(self.v.dtype)
