@@ -11,11 +11,15 @@ CLUSTER = "h200"
 LESS = "memory.recompute=[linear,softmax,mlp]"
 ONE = f"{LESS} parallel.context=1 optimizer.distributed=false"
 SPREAD = "parallel.context=null optimizer.distributed=true"
-TILES = "memory.mlp_tokens=16K"
+HEADS, AGAIN = "memory.head_groups=4", "memory.keep_attention=false"
+OTHER = "memory.keep_every=2"
 RECIPES = {
     "hybrid-1.3b": [
         ("128K", 8, f"train.global_batch=8 parallel.context=1 {LESS}"),
-        ("1M", 1, f"{ONE} memory.offload_layers=24 memory.keep_attention=false {TILES}"),
+        ("1M", 1, f"{ONE} memory.offload_layers=24 {HEADS}"),
+        ("2M", 1, f"{ONE} memory.offload_layers=24 {HEADS} {AGAIN} {OTHER}"),
+        ("2M", 1, f"model.pattern={24 * 'L'} {ONE} memory.offload_layers=24 {HEADS} {OTHER}"),
+        ("4M", 2, f"{SPREAD} {LESS} memory.offload_layers=24 {HEADS} {AGAIN} {OTHER}"),
         ("1M", 8, f"{SPREAD} {LESS}"),
         ("2M", 16, f"{SPREAD} {LESS}"),
         ("4M", 32, f"{SPREAD} {LESS}"),
@@ -24,6 +28,7 @@ RECIPES = {
     "a0.3b-2b": [
         ("128K", 8, f"{SPREAD} train.global_batch=1"),
         ("1M", 1, f"{ONE} train.global_batch=1 memory.offload_layers=12"),
+        ("2M", 1, f"{ONE} train.global_batch=1 memory.offload_layers=12 {HEADS}"),
         ("1M", 8, f"{SPREAD} train.global_batch=1 {LESS} parallel.expert=8"),
         ("2M", 16, f"{SPREAD} train.global_batch=1 {LESS} parallel.expert=8"),
         ("4M", 32, f"{SPREAD} train.global_batch=1 {LESS} parallel.expert=8"),

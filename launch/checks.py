@@ -152,12 +152,12 @@ def _sizes(config: Config, ranks: int) -> Sizes:
 
 
 def _check_model(config: Config, sizes: Sizes) -> None:
-    check_memory(config.memory)
     try:
         check_sizes(config.model, stages=config.parallel.stages, **sizes.of_model)
     except ValueError as error:  # names its arguments, here they are settings
         told = re.sub(r"\b(\w+)_parallel=", r"parallel.\1=", str(error))
         raise ValueError(re.sub(r"\bstages=", "parallel.stages=", told)) from None
+    check_memory(config.memory, config.model, sizes.tensor)
 
 
 def _check_lengths(config: Config, sizes: Sizes) -> None:

@@ -21,7 +21,7 @@ from seqpar.launch.flops import (
     mlp_weights,
     qkv_width,
 )
-from seqpar.models.config import ModelConfig, layer_mixers, resolved
+from seqpar.models.config import ModelConfig, key_heads, layer_mixers, made_again, resolved
 from seqpar.sources import ROOM
 
 Parts = defaultdict[str, float]
@@ -132,6 +132,16 @@ class Count:
         return [mixer for stage in self.stages for mixer in stage]
 
     @property
+    def runs(self) -> list[tuple[list[str], bool]]:
+        """Of layers that keep one input: their mixers, and whether it is in the host's memory."""
+        memory = self.config.memory
+        return [
+            (stage[at : at + memory.keep_every], at < memory.offload_layers)
+            for stage in self.stages
+            for at in range(0, len(stage), memory.keep_every)
+        ]
+
+    @property
     def last(self) -> bool:
         return self.rank == self.sizes.pipeline - 1
 
@@ -173,8 +183,12 @@ class Count:
 
     def again(self, mixer: str) -> bool:
         """Whether a mixer is made again."""
-        kind = "softmax" if mixer == "softmax" else "linear"
-        return kind in self.config.memory.recompute
+        return made_again(self.config.memory, mixer)
+
+    def groups(self, mixer: str) -> int:
+        """Of heads that a mixer works on one after the other."""
+        most = key_heads(self.model, mixer, self.sizes.tensor)
+        return min(self.config.memory.head_groups, most) if self.again(mixer) else 1
 
     @property
     def mlp(self) -> str:
@@ -234,42 +248,42 @@ class Count:
         pieces = max(PIECES, m.num_heads // self.sizes.tensor)
         return 4 * pieces * m.head_dim * m.value_head_dim
 
-    def _attention_bytes(self) -> float:
-        """A token's output of softmax attention and its log-sum-exp, kept by themselves."""
+    @property
+    def _attended_bytes(self) -> float:
+        """A token's output of softmax attention and its log-sum-exp."""
         m = self.model
-        kept = m.num_heads * (m.softmax_head_dim * self.element + 4) / self.sizes.tensor
-        return kept if self.config.memory.keep_attention else 0
+        return m.num_heads * (m.softmax_head_dim * self.element + 4) / self.sizes.tensor
 
     # -- memory -----------------------------------------------------------------------------------
 
     def kept(self) -> tuple[Parts, float]:
         """Bytes that one micro-batch keeps on the GPU, by kind; and in the host's memory."""
         found: Parts = defaultdict(float)
-        away, twice = 0.0, 0.0  # in the host's memory; the most of one layer of it
-        tokens, memory = self.tokens, self.config.memory
-        places = (each for stage in self.stages for each in enumerate(stage))
-        for index, mixer in places:
-            linear, again = mixer != "softmax", self.again(mixer)
-            kind = "linear mixers" if linear else "softmax mixers"
+        away, twice = 0.0, 0.0  # in the host's memory; the most of one run of it
+        tokens = self.tokens
+        for mixers, leaves in self.runs:
             inputs: Parts = defaultdict(float)
-            if again:
-                inputs[kind] += tokens * self.hidden
-                if not linear:
-                    inputs[kind] += tokens * self._attention_bytes()
-            else:
-                found[kind] += tokens * self.mixer_bytes(mixer)
-                late = linear and mixer != "kda"
-                if late and self.sizes.context > 1 and self.sizes.tensor == 1:
-                    # projections are made in two products, each with its part of the weight
-                    weight = in_width(self.model, mixer) * self.model.hidden_size
-                    found[kind] += weight * self.element
-            if linear:
-                found[kind] += self.state_bytes
-            if not self.mlp_again:
-                found[self.mlp] += tokens * self.mlp_bytes
-            elif not again:
-                inputs[self.mlp] += tokens * self.hidden
-            if index < memory.offload_layers:
+            for index, mixer in enumerate(mixers):
+                linear, again = mixer != "softmax", self.again(mixer)
+                kind = "linear mixers" if linear else "softmax mixers"
+                if again:
+                    inputs[kind] += 0 if index else tokens * self.hidden
+                    if not linear and self.config.memory.keep_attention:
+                        inputs[kind] += tokens * self._attended_bytes
+                else:
+                    found[kind] += tokens * self.mixer_bytes(mixer)
+                    late = linear and mixer != "kda"
+                    if late and self.sizes.context > 1 and self.sizes.tensor == 1:
+                        # projections are made in two products, each with its part of the weight
+                        weight = in_width(self.model, mixer) * self.model.hidden_size
+                        found[kind] += weight * self.element
+                if linear:
+                    found[kind] += self.state_bytes * self.groups(mixer)
+                if not self.mlp_again:
+                    found[self.mlp] += tokens * self.mlp_bytes
+                elif not again:
+                    inputs[self.mlp] += tokens * self.hidden
+            if leaves:
                 away += sum(inputs.values())
                 twice = max(twice, sum(inputs.values()))
             else:
@@ -279,8 +293,6 @@ class Count:
             found["on its way to the host"] = min(away, 2 * twice)
         if "softmax" in self.mixers:
             found["softmax mixers"] += tokens * 4 * self.model.softmax_head_dim  # cosines, sines
-        if self.last:
-            found["loss"] += tokens * (2 * self.hidden + 28)
         if self.rank == 0:
             found["tokens"] += tokens * 8
         return found, away
@@ -291,28 +303,57 @@ class Count:
         Gradients of activations are taken to be as large as the activations.
         """
         memory, m = self.config.memory, self.model
-        mlp = self.tokens / self.tiles * self.mlp_bytes * (2 if self.mlp_again else 1)
-        most = 0.0
-        for mixer in set(self.mixers):
-            size = self.tokens * self.mixer_bytes(mixer)
-            # Gradients of all experts come at once; what is made again sums them in fp32 first, and
-            # autograd copies what it is handed.
-            experts = layer_parameters(m, mixer, self.sizes).experts
-            experts *= 2 * self.element + 4 if self.mlp_again else self.element
-            most = max(most, max(size, mlp) + (size if self.again(mixer) else 0) + experts)
-        found = {"a layer's backward pass": most + 3 * self.tokens * self.hidden}
+        most = max(map(self._layer_backward, set(self.mixers)), default=0.0)
+        most += max(map(self._restored, self.runs), default=0.0)
+        found = {"a layer's backward pass": most}
         if self.last:
             rows = m.vocab_size / self.sizes.tensor
             chunk = min(memory.loss_tokens or self.tokens, self.tokens)
-            found["loss"] = chunk * rows * (2 * self.element + 4) + self.tokens * self.hidden
-            found["loss"] += rows * m.hidden_size * (4 + self.element)
+            found["loss"] = chunk * rows * (2 * self.element + 4) + self.loss_bytes
+            found["loss"] += rows * m.hidden_size * (4 + self.element) + self.tokens * self.hidden
         return found
+
+    @property
+    def loss_bytes(self) -> float:
+        """That the final norm and the loss keep; the backward pass begins with them."""
+        return self.tokens * (2 * self.hidden + 28)
+
+    def _restored(self, run: tuple[list[str], bool]) -> float:
+        """What layers that keep no input make of the run, before the last one's backward pass."""
+        mixers, _ = run
+        attended = 0.0
+        if not self.config.memory.keep_attention:
+            attended = mixers[:-1].count("softmax") * self._attended_bytes
+        return self.tokens * ((len(mixers) - 1) * self.hidden + attended)
+
+    def _layer_backward(self, mixer: str) -> float:
+        tokens, hidden = self.tokens, self.tokens * self.hidden
+        # Gradients of all experts come at once; what is made again sums them in fp32 first, and
+        # autograd copies what it is handed.
+        experts = layer_parameters(self.model, mixer, self.sizes).experts
+        experts *= 2 * self.element + 4 if self.mlp_again else self.element
+        mlp = tokens / self.tiles * self.mlp_bytes * (2 if self.mlp_again else 1) + experts
+        heads = tokens * self.mixer_bytes(mixer) - 2 * hidden  # without the input and its norm
+        if not self.again(mixer):
+            return max(heads + 2 * hidden, mlp) + 3 * hidden
+        groups = self.groups(mixer)
+        if groups == 1:  # gradients of both ends, the norm of the mixer's input, that of the MLP's
+            return heads + max(mlp + 4 * hidden, heads + 3 * hidden)
+        # of each tensor-parallel rank all tokens' input and gradients, and the sum of these in fp32
+        whole = hidden * self.sizes.tensor
+        attended = 0.0
+        if mixer == "softmax" and not self.config.memory.keep_attention:
+            attended = tokens * self._attended_bytes * (groups - 1) / groups
+        summing = heads / groups + (3 + 4 / self.element) * whole
+        if self.sizes.tensor > 1:
+            summing += hidden
+        return heads / groups + attended + max(mlp + 3 * hidden + whole, summing)
 
     def exchange_bytes(self) -> float:
         """Of keys and values of other ranks, and of gradients of all, in softmax layers."""
         if "softmax" not in self.mixers:
             return 0.0
-        heads = max(1, self.model.kv_heads // self.sizes.tensor)
+        heads = max(1, self.model.kv_heads // self.sizes.tensor) // self.groups("softmax")
         head = 2 * self.model.softmax_head_dim  # numbers of a key and its value
         if self.sizes.context == 1:
             return self.tokens * heads * head * 4

@@ -45,9 +45,11 @@ def step_seconds(config: Config, sizes: Sizes, cluster: Cluster) -> dict[str, fl
 def state_exchange(
     config: Config, sizes: Sizes, cluster: Cluster, mixer: str
 ) -> tuple[Choice, int]:
-    """How the states of one linear layer cross ranks, and the bytes that a rank sends at most."""
-    m = Count(config, sizes).model
-    heads = m.num_heads // sizes.tensor
+    """How the states of a linear layer, or of one of its groups of heads, cross ranks; and the
+    bytes of the layer that a rank sends at most."""
+    count = Count(config, sizes)
+    m, groups = count.model, count.groups(mixer)
+    heads = m.num_heads // sizes.tensor // groups
     a = {"gla": m.head_dim, "mamba2": 1, "retention": 1}.get(mixer, m.head_dim**2)
     b = m.head_dim * m.value_head_dim
     wanted, layout = config.parallel.exchange, config.parallel.layout
@@ -62,7 +64,7 @@ def state_exchange(
         "doubling": (ranges * sizes.context - 1).bit_length() * packed,
         "twolevel": (inside - 1) * packed + across,
     }
-    return choice, sent.get(choice.name, ranges * b_bytes)
+    return choice, groups * sent.get(choice.name, ranges * b_bytes)
 
 
 @lru_cache(maxsize=4096)
@@ -85,24 +87,30 @@ def _microbatch(count: Count, cluster: Cluster) -> Parts:
     sizes, m, config = count.sizes, count.model, count.config
     found: Parts = defaultdict(float)
     moved = flops = attention = 0.0
-    halves_again, mlp_again = 0, count.mlp_again
-    for mixer in count.mixers:
-        again = count.again(mixer)
-        halves_again += again + mlp_again
+    halves_again = layers_again = 0
+    places = (
+        (mixer, mixers[at + 1 :]) for mixers, _ in count.runs for at, mixer in enumerate(mixers)
+    )
+    for mixer, following in places:
+        groups, more = count.groups(mixer), bool(following)  # more: for the input of the next layer
+        again = count.again(mixer) * (more + 2 - 1 / groups)  # all but one group once more
+        mlp_again = count.mlp_again + more
+        halves_again += count.again(mixer) * (1 + more) + mlp_again
+        layers_again += mlp_again
         flops += count.mixer_flops(mixer) * (3 + again) + count.mlp_flops * (3 + mlp_again)
         moved += count.mixer_bytes(mixer) * (_MOVED[1] + _MOVED[0] * again)
         moved += count.mlp_bytes * (_MOVED[1] + _MOVED[0] * mlp_again)
         if mixer == "softmax":
-            runs = 3.5 + (again and not config.memory.keep_attention)
+            runs = 3.5 + (again > 0 and not config.memory.keep_attention)
             attention += count.attention_flops * runs / cluster.attention
             continue
         found["recurrences"] += _recurrence(count, cluster, mixer, again)
         if sizes.context > 1:
             choice, _ = state_exchange(config, sizes, cluster, mixer)
-            found["states across ranks"] += 2 * choice.seconds[choice.name]
+            found["states across ranks"] += 2 * groups * choice.seconds[choice.name]
     if count.last:
         flops += 4 * count.loss_flops
-    experts = len(count.mixers) * count.mlp_flops * (3 + mlp_again) if m.num_experts else 0.0
+    experts = count.mlp_flops * (3 * len(count.mixers) + layers_again) if m.num_experts else 0.0
     found["matrix products"] = (flops - experts + experts / _GROUPED) / cluster.matmul
     found["softmax attention"] = attention
     found["norms, gates, activations"] = moved * count.tokens / cluster.memory_bandwidth
@@ -120,7 +128,7 @@ def _microbatch(count: Count, cluster: Cluster) -> Parts:
         found["tensor parallelism"] = times * hidden / _rate(cluster, sizes.tensor, 1)
     if m.num_experts and sizes.expert > 1:
         tokens = count.tokens / sizes.tensor * m.moe_top_k * (sizes.expert - 1) / sizes.expert
-        times = len(count.mixers) * (4 + 2 * mlp_again)
+        times = 4 * len(count.mixers) + 2 * layers_again
         rate = _rate(cluster, sizes.expert, sizes.expert_tensor)
         found["tokens to experts"] = times * tokens * m.hidden_size * count.element / rate
     if away := count.kept()[1]:
@@ -152,7 +160,7 @@ def _total(parts: Parts) -> float:
     return sum(parts.values())
 
 
-def _recurrence(count: Count, cluster: Cluster, mixer: str, again: bool) -> float:
+def _recurrence(count: Count, cluster: Cluster, mixer: str, again: float) -> float:
     m = count.model
     key, value = m.head_dim, m.value_head_dim
     widths = {mixer: (key + value) / 256, "norm": value / 128}

@@ -21,7 +21,7 @@ from seqpar.launch.count import Count, parameters
 from seqpar.launch.duration import state_exchange, step_seconds
 from seqpar.launch.flops import peak_flops, step_flops
 from seqpar.launch.terminal import command_parser
-from seqpar.models.config import RECOMPUTED, layer_mixers, resolved
+from seqpar.models.config import RECOMPUTED, key_heads, layer_mixers, resolved
 
 GIB = 2**30
 
@@ -31,21 +31,29 @@ Change = dict[str, Any]
 DISTRIBUTED: Change = {"optimizer.distributed": True}
 
 
-def savers(layers: int) -> list[Change]:
-    """What saves memory, the cheapest first, in a model of that many layers."""
-    everything: Change = {"memory.recompute": list(RECOMPUTED)}
-    away: Change = {**everything, "memory.offload_layers": layers}
+def savers(config: Config) -> list[Change]:
+    """What saves memory, the cheapest first."""
+    mixers, tensor = layer_mixers(config.model), config.parallel.tensor
+    heads = max(key_heads(config.model, mixer, tensor) for mixer in mixers)
+    few = min(n for n in _divisors(heads) if n >= min(4, heads))
+    nothing: Change = {}
     slow: Change = {"memory.keep_attention": False}
-    return [
-        {"memory.recompute": []},
-        {"memory.recompute": ["mlp"]},
-        {"memory.recompute": ["mlp", "softmax"]},
-        everything,
-        everything | slow,
-        away,
-        away | slow,
-        away | slow | {"memory.mlp_tokens": 16384},
+    groups: list[Change] = [{"memory.head_groups": n} for n in sorted({few, heads} - {1})]
+    away: list[Change] = [
+        {"memory.offload_layers": n} for n in sorted({-(-len(mixers) * 3 // 4), len(mixers)})
     ]
+    everything: Change = {"memory.recompute": list(RECOMPUTED)}
+    ways = [
+        everything | own | group | kept | every
+        for every in (nothing, {"memory.keep_every": 2})
+        for kept in (nothing, slow)
+        for group in (nothing, *groups)
+        for own in (nothing, *away)
+    ]
+    first: list[Change] = [
+        {"memory.recompute": names} for names in ([], ["mlp"], ["mlp", "softmax"])
+    ]
+    return [*first, *ways, ways[-1] | {"memory.mlp_tokens": 16384}]
 
 
 def changed(config: Config, change: Change) -> Config:
@@ -141,14 +149,14 @@ def nearest(config: Config, gpus: int, cluster: Cluster) -> tuple[Plan, str] | N
 
 def _remedies(config: Config, gpus: int) -> Iterator[tuple[Change, int]]:
     """Changes that make a run smaller and the number of GPUs, in order of what they cost."""
-    ways = savers(len(layer_mixers(config.model)))[1:]
+    ways = savers(config)[1:]
     spread = DISTRIBUTED if gpus > 1 else {}
     yield spread, gpus
     yield from ((way, gpus) for way in ways)
     yield from ((spread | way, gpus) for way in ways)
     for times in (2, 4, 8, 16, 32, 64):
         more = {"parallel.context": None, **DISTRIBUTED}
-        yield from ((more | way, gpus * times) for way in ways[-4:])
+        yield from ((more | way, gpus * times) for way in ways)
     for times in (2, 4, 8, 16, 32, 64):
         shorter = {"data.sequence_length": config.data.sequence_length // times}
         yield spread | ways[-1] | shorter, gpus
@@ -178,15 +186,20 @@ def search(config: Config, gpus: int, cluster: Cluster) -> list[tuple[Plan, str]
 
 def _best(config: Config, spread: Change, gpus: int, cluster: Cluster) -> tuple[Plan, str] | None:
     """The fastest that fits of the ways to save memory."""
-    fitting = []
-    for way in savers(len(layer_mixers(config.model))):
+    fitting: list[tuple[Plan, Change]] = []
+    for way in savers(changed(config, spread)):
+        if any(known.items() <= way.items() for _, known in fitting):
+            continue  # which saves more, and is slower
         try:
             plan = make_plan(changed(config, spread | way), gpus, cluster)
         except ValueError:
-            return None
+            continue
         if plan.fits:
-            fitting.append((plan, words(spread | way)))
-    return max(fitting, key=lambda each: each[0].tokens_per_second, default=None)
+            fitting.append((plan, way))
+    if not fitting:
+        return None
+    plan, way = max(fitting, key=lambda each: each[0].tokens_per_second)
+    return plan, words(spread | way)
 
 
 def _divisors(n: int) -> list[int]:
@@ -219,7 +232,7 @@ def describe(plan: Plan) -> str:
         lines += ["", "bytes that a rank sends, and microseconds, for one layer and direction"]
         for mixer in layers:
             choice, sent = state_exchange(config, sizes, cluster, mixer)
-            micros = 1e6 * choice.seconds[choice.name]
+            micros = 1e6 * choice.seconds[choice.name] * plan.fullest.groups(mixer)
             lines.append(f"  states of {mixer:<20} {sent:14,.0f}  {micros:10.1f}  by {choice.name}")
         if "softmax" in layer_mixers(m):
             kv = plan.fullest.tokens * 2 * max(1, m.kv_heads // sizes.tensor) * m.softmax_head_dim

@@ -82,25 +82,34 @@ class MemoryConfig:
         recompute: which of RECOMPUTED are made again.
         mlp_tokens: tokens of a rank that an MLP, or its experts, that is made again works on at a
             time; 0: all.
+        head_groups: groups of heads that a mixer that is made again works on one after the other,
+            at most one for each head of keys that a tensor-parallel rank has. With several, all but
+            one are run a third time.
         keep_attention: whether the output of softmax attention is kept where the rest of its mixer
             is made again; attention takes longer than all else in long sequences.
         offload_layers: how many layers, the first of each pipeline stage, keep what is made again
             from in the host's memory.
+        keep_every: of so many layers in a row, made again whole, the input of the first alone is
+            kept, and all but the last are run a third time.
     """
 
     loss_tokens: int = 2048
     recompute: list[str] = dataclasses.field(default_factory=list)
     mlp_tokens: int = 65536
+    head_groups: int = 1
     keep_attention: bool = True
     offload_layers: int = 0
+    keep_every: int = 1
 
 
 RECOMPUTED = ("linear", "softmax", "mlp")
 """Mixers of linear layers, mixers of softmax layers, and the MLPs or experts of all."""
 
 
-def check_memory(memory: MemoryConfig) -> None:
-    """Raise ValueError for settings that cannot be."""
+def check_memory(memory: MemoryConfig, model: ModelConfig, tensor_parallel: int = 1) -> None:
+    """Raise ValueError for settings that cannot be, of a model that `check_sizes` lets pass."""
+    for name in ("head_groups", "keep_every"):
+        check_at_least(f"memory.{name}", getattr(memory, name), 1)
     for name in ("loss_tokens", "mlp_tokens", "offload_layers"):
         check_at_least(f"memory.{name}", getattr(memory, name), 0)
     for name in memory.recompute:
@@ -114,6 +123,33 @@ def check_memory(memory: MemoryConfig) -> None:
             f"memory.offload_layers={memory.offload_layers} moves what layers are made again from, "
             f"and memory.recompute is empty; set it to [{', '.join(RECOMPUTED)}]"
         )
+    if memory.keep_every > 1 and set(memory.recompute) != set(RECOMPUTED):
+        raise ValueError(
+            f"memory.keep_every={memory.keep_every} is of layers that are made again whole; set "
+            f"memory.recompute to [{', '.join(RECOMPUTED)}], or memory.keep_every to 1"
+        )
+    mixers = [mixer for mixer in dict.fromkeys(layer_mixers(model)) if made_again(memory, mixer)]
+    if memory.head_groups > 1 and not mixers:
+        raise ValueError(
+            f"memory.head_groups={memory.head_groups} is of mixers that are made again, and "
+            f"memory.recompute={list(memory.recompute)} names none; nearest: 1"
+        )
+    for mixer in mixers:
+        heads = key_heads(model, mixer, tensor_parallel)
+        groups = min(memory.head_groups, heads)
+        check_divides("memory.head_groups", groups, f"the heads of {mixer} on a rank", heads)
+
+
+def made_again(memory: MemoryConfig, mixer: str) -> bool:
+    """Whether a mixer is made again in the backward pass."""
+    return ("softmax" if mixer == "softmax" else "linear") in memory.recompute
+
+
+def key_heads(model: ModelConfig, mixer: str, tensor_parallel: int = 1) -> int:
+    """Heads of keys that a rank has of a mixer, each with its queries and values."""
+    model = resolved(model)
+    heads = {"softmax": model.kv_heads, "gla": model.num_heads, "retention": model.num_heads}
+    return max(1, heads.get(mixer, model.key_heads) // tensor_parallel)
 
 
 def layer_mixers(model: ModelConfig) -> list[str]:

@@ -13,6 +13,7 @@ from seqpar.attention import start_delta_attention
 from seqpar.kernels.norm import unit
 from seqpar.kernels.pieces import Late
 from seqpar.models.decay import first_rates, first_steps, log_decay
+from seqpar.models.groups import Heads
 from seqpar.models.mixer import SequenceMixer, heads_of_keys
 from seqpar.models.norm import GatedHeadNorm
 from seqpar.models.sequence import SequenceParallelParams
@@ -74,22 +75,28 @@ class GatedDeltaNet(SequenceMixer):
         self.norm = GatedHeadNorm(config, value_head_dim, self.tp_group)
 
     def mix(
-        self, x: Tensor, late: Late, hidden_states: Tensor, params: SequenceParallelParams
+        self,
+        x: Tensor,
+        late: Late,
+        low: Tensor | None,
+        heads: Heads,
+        params: SequenceParallelParams,
     ) -> Tensor:
         """See SequenceMixer; the output's gate is late."""
         qkv, beta, a = x.split([sum(self.widths), self.each, self.each], -1)
-        taps = self.conv_weight.flatten(0, 1)
+        taps = heads.part(self.conv_weight).flatten(0, 1)
         qkv = causal_conv1d(qkv, taps, activation="silu", sp=params.sp)
         q, k, v = qkv.split(self.widths, -1)
-        opposite = -self.dt_bias.float() - a.flatten(2)  # softplus(y) = -logsigmoid(-y)
+        # softplus(y) = -logsigmoid(-y)
+        opposite = -heads.part(self.dt_bias).float() - a.flatten(2)
         finish = start_delta_attention(
             unit(q),
             unit(k),
             v.unflatten(3, (self.each, -1)).flatten(2, 3),
             beta.flatten(2).float().sigmoid(),
-            log_decay(opposite, self.A_log.float().exp()),
+            log_decay(opposite, heads.part(self.A_log).float().exp()),
             sp=params.sp,
         )
         gate = late()
         o = self.norm(finish(), gate.unflatten(3, (self.each, -1)).flatten(2, 3))
-        return o.unflatten(2, (self.heads, -1)).flatten(3)
+        return o.unflatten(2, (len(heads), -1)).flatten(3)

@@ -10,6 +10,7 @@ from torch import Tensor
 from seqpar.attention import start_linear_attention
 from seqpar.kernels.pieces import Late
 from seqpar.models.decay import log_decay
+from seqpar.models.groups import Heads
 from seqpar.models.mixer import SequenceMixer
 from seqpar.models.norm import GatedHeadNorm
 from seqpar.models.sequence import SequenceParallelParams
@@ -62,13 +63,21 @@ class GatedLinearAttention(SequenceMixer):
         self.decay_up = self.column_linear(gate_rank, num_heads * head_dim, bias=True)
         self.norm = GatedHeadNorm(config, value_head_dim, self.tp_group)
 
+    def down(self, hidden_states: Tensor) -> Tensor:
+        """See SequenceMixer."""
+        return self.decay_down(hidden_states)
+
     def mix(
-        self, x: Tensor, late: Late, hidden_states: Tensor, params: SequenceParallelParams
+        self,
+        x: Tensor,
+        late: Late,
+        low: Tensor | None,
+        heads: Heads,
+        params: SequenceParallelParams,
     ) -> Tensor:
         """See SequenceMixer; the output's gate is late."""
         q, k, v = x.split(self.widths, -1)
-        logits, _ = self.decay_up(self.decay_down(hidden_states))
-        logits = logits.transpose(0, 1).unflatten(-1, (self.heads, -1))
+        logits = heads.by_head(self.decay_up(low, heads)[0])
         decay = log_decay(logits, logits.new_full((), 1 / DECAY_TEMPERATURE, dtype=torch.float32))
         finish = start_linear_attention(q, k, v, decay, sp=params.sp)
         gate = late()

@@ -13,6 +13,7 @@ from seqpar.attention import start_delta_attention
 from seqpar.kernels.norm import unit
 from seqpar.kernels.pieces import Late
 from seqpar.models.decay import first_rates, first_steps, log_decay
+from seqpar.models.groups import Heads
 from seqpar.models.mixer import SequenceMixer, heads_of_keys
 from seqpar.models.norm import GatedHeadNorm
 from seqpar.models.sequence import SequenceParallelParams
@@ -75,29 +76,39 @@ class KimiDeltaAttention(SequenceMixer):
         self.dt_bias = self.head_parameter(first_steps(num_heads * head_dim))  # flat: no decay
         self.norm = GatedHeadNorm(config, value_head_dim, self.tp_group, activation="sigmoid")
 
+    def down(self, hidden_states: Tensor) -> Tensor:
+        """See SequenceMixer."""
+        return self.gate_down(hidden_states)
+
     def mix(
-        self, x: Tensor, late: Late, hidden_states: Tensor, params: SequenceParallelParams
+        self,
+        x: Tensor,
+        late: Late,
+        low: Tensor | None,
+        heads: Heads,
+        params: SequenceParallelParams,
     ) -> Tensor:
         """See SequenceMixer; nothing of x is late, the output's gate has projections of its own."""
         qkv, beta = x.split([sum(self.widths), self.each], -1)
-        taps = self.conv_weight.flatten(0, 1)
+        taps = heads.part(self.conv_weight).flatten(0, 1)
         qkv = causal_conv1d(qkv, taps, activation="silu", sp=params.sp)
         q, k, v = qkv.split(self.widths, -1)
-        low_decay, low_gate = self.gate_down(hidden_states).chunk(2, -1)
-        bias = self.dt_bias.float().unflatten(0, (self.heads * self.each, -1))
-        opposite = -bias - self._heads(self.decay_up(low_decay)[0])
+        assert low is not None
+        low_decay, low_gate = low.chunk(2, -1)
+        bias = heads.part(self.dt_bias).float().unflatten(0, (len(heads) * self.each, -1))
+        opposite = -bias - self._heads(self.decay_up(low_decay, heads)[0], heads)
         finish = start_delta_attention(
             unit(q),
             unit(k),
             v.unflatten(3, (self.each, -1)).flatten(2, 3),
             beta.flatten(2).float().sigmoid(),
-            log_decay(opposite, self.A_log.float().exp()[:, None]),
+            log_decay(opposite, heads.part(self.A_log).float().exp()[:, None]),
             sp=params.sp,
         )
-        gate = self._heads(self.gate_up(low_gate)[0])
+        gate = self._heads(self.gate_up(low_gate, heads)[0], heads)
         o = self.norm(finish(), gate)
-        return o.unflatten(2, (self.heads, -1)).flatten(3)
+        return o.unflatten(2, (len(heads), -1)).flatten(3)
 
-    def _heads(self, x: Tensor) -> Tensor:
-        """[s, b, local heads · dim] -> [b, s, local heads, dim]."""
-        return x.transpose(0, 1).unflatten(-1, (self.heads * self.each, -1))
+    def _heads(self, x: Tensor, heads: Heads) -> Tensor:
+        """[s, b, heads · each · dim] -> [b, s, heads · each, dim]."""
+        return heads.by_head(x).unflatten(3, (self.each, -1)).flatten(2, 3)

@@ -54,7 +54,7 @@ def build_language_model(
         ValueError: a shape that is not possible, see seqpar.models.config.resolved.
     """
     memory = memory or MemoryConfig()
-    check_memory(memory)
+    check_memory(memory, model, config.tensor_model_parallel_size)
     layer = hybrid_layer_spec(model, memory, softmax_method)
     rank, last = groups.pp.rank(), groups.pp.size() - 1
     turns = config.virtual_pipeline_model_parallel_size

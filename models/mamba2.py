@@ -13,6 +13,7 @@ from seqpar import causal_conv1d
 from seqpar.attention import start_linear_attention
 from seqpar.kernels.pieces import Late
 from seqpar.models.decay import first_rates, first_steps, log_decay
+from seqpar.models.groups import Heads
 from seqpar.models.mixer import SequenceMixer, heads_of_keys
 from seqpar.models.norm import GatedHeadNorm
 from seqpar.models.sequence import SequenceParallelParams
@@ -79,19 +80,26 @@ class Mamba2(SequenceMixer):
         self.norm = GatedHeadNorm(config, value, self.tp_group, gate_first=True)
 
     def mix(
-        self, x: Tensor, late: Late, hidden_states: Tensor, params: SequenceParallelParams
+        self,
+        x: Tensor,
+        late: Late,
+        low: Tensor | None,
+        heads: Heads,
+        params: SequenceParallelParams,
     ) -> Tensor:
         """See SequenceMixer; z is late."""
         cbx, dt = x.split([sum(self.widths), self.each], -1)
-        taps = self.conv_weight.flatten(0, 1)
-        cbx = causal_conv1d(cbx, taps, self.conv_bias, activation="silu", sp=params.sp)
+        taps = heads.part(self.conv_weight).flatten(0, 1)
+        bias = heads.part(self.conv_bias)
+        cbx = causal_conv1d(cbx, taps, bias, activation="silu", sp=params.sp)
         c, b, x = cbx.split(self.widths, -1)
         x = x.unflatten(3, (self.each, -1)).flatten(2, 3)  # [b, s, heads, value_head_dim]
-        opposite = -self.dt_bias.float() - dt.flatten(2)  # softplus(y) = -logsigmoid(-y)
-        decay = log_decay(opposite, self.A_log.float().exp())
+        # softplus(y) = -logsigmoid(-y)
+        opposite = -heads.part(self.dt_bias).float() - dt.flatten(2)
+        decay = log_decay(opposite, heads.part(self.A_log).float().exp())
         step = -F.logsigmoid(opposite)
         v = (x * step[..., None]).to(x.dtype)
         finish = start_linear_attention(c, b, v, decay, scale=1.0, sp=params.sp)
         gate = late()
-        o = torch.addcmul(finish(), x, self.D[:, None].to(x.dtype))
-        return self.norm(o.unflatten(2, (self.heads, -1)).flatten(3), gate)
+        o = torch.addcmul(finish(), x, heads.part(self.D)[:, None].to(x.dtype))
+        return self.norm(o.unflatten(2, (len(heads), -1)).flatten(3), gate)

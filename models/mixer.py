@@ -7,6 +7,7 @@ parallelism cuts the hidden states once more between the projections).
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,13 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    all_gather_last_dim_from_tensor_parallel_region,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -28,6 +35,7 @@ from torch.autograd.function import once_differentiable
 
 from seqpar.kernels.pieces import Late
 from seqpar.models.config import check_divides
+from seqpar.models.groups import Heads, add_up
 from seqpar.models.sequence import CallSequence, SequenceParallelParams
 
 
@@ -48,6 +56,9 @@ class SequenceMixer(MegatronModule, ABC):
         layout: how the sequence is cut over the context-parallel ranks where the caller passes no
             SequenceParallelParams, see CallSequence.
         pg_collection: the process groups; tp and cp are used.
+
+    Attributes: head_groups, how many groups of its heads it works on one after the other, to be
+        set where the whole mixer is made again in the backward pass; see seqpar.models.groups.
 
     Raises:
         ValueError: heads that do not divide, or dropout.
@@ -84,12 +95,13 @@ class SequenceMixer(MegatronModule, ABC):
         check_divides("tensor_model_parallel_size", ranks, "heads", heads * self.share)
         check_divides("the ranks of a head", self.share, "the width of a head", in_width)
         self.heads = heads * self.share // ranks
+        self.head_groups = 1
         self.head_widths = [in_width - late_width, late_width]
         # Megatron's selective recomputation; what is exchanged is exchanged once more then.
         selective = config.recompute_granularity == "selective"
         self.recomputes = selective and "core_attn" in config.recompute_modules
         self.in_proj = self.column_linear(config.hidden_size, heads * in_width)
-        self.out_proj = RowParallelLinear(
+        self.out_proj = _RowLinear(
             heads * out_width,
             config.hidden_size,
             config=config,
@@ -100,22 +112,34 @@ class SequenceMixer(MegatronModule, ABC):
             tp_group=self.tp_group,
         )
 
+    def down(self, hidden_states: Tensor) -> Tensor | None:
+        """A narrow projection [s, b, n] of the layer's input that all heads share, if there is one.
+
+        Like the input, it is cut over tensor-parallel ranks with Megatron's sequence parallelism.
+        """
+        return None
+
     @abstractmethod
     def mix(
-        self, x: Tensor, late: Late, hidden_states: Tensor, params: SequenceParallelParams
+        self,
+        x: Tensor,
+        late: Late,
+        low: Tensor | None,
+        heads: Heads,
+        params: SequenceParallelParams,
     ) -> Tensor:
-        """The layer between its projections.
+        """The layer between its projections, of some of its heads.
 
         Args:
-            x: [b, s, local heads, in_width - late_width], the output of `in_proj`.
-            late: gives the rest of it, [b, s, local heads, late_width]; called between the two
-                halves of a recurrence, it may be projected while states travel.
-            hidden_states: [s, b, h], the layer's input (cut over tensor-parallel ranks with
-                Megatron's sequence parallelism).
+            x: [b, s, heads, in_width - late_width], the output of `in_proj`.
+            late: gives the rest of it, [b, s, heads, late_width]; called between the two halves of
+                a recurrence, it may be projected while states travel.
+            low: what `down` returned.
+            heads: which of this rank's they are.
             params: how the sequence is cut.
 
         Returns:
-            [b, s, local heads, out_width].
+            [b, s, heads, out_width].
         """
 
     def forward(
@@ -136,35 +160,61 @@ class SequenceMixer(MegatronModule, ABC):
         cut = self.config.sequence_parallel
         tokens = hidden_states.shape[0] * (self.tp_group.size() if cut else 1)
         params = self.sequence(packed_seq_params, tokens)
+        low, heads = self.down(hidden_states), Heads(0, self.heads, self.heads)
+        if self.head_groups == 1:
+            return self._output(heads, hidden_states, low, params=params), None
+        # tensor-parallel ranks talk once for all groups, and not in each of their products
+        enter, leave = (
+            copy_to_tensor_model_parallel_region,
+            reduce_from_tensor_model_parallel_region,
+        )
+        if cut:
+            enter = gather_from_sequence_parallel_region
+            leave = reduce_scatter_to_sequence_parallel_region
+        shared = [enter(x, group=self.tp_group) for x in (hidden_states, low) if x is not None]
+        run = partial(self._output, params=params)
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        y = add_up(run, heads.split(self.head_groups), shared, parameters)
+        return leave(y, group=self.tp_group), None
+
+    def _output(
+        self,
+        heads: Heads,
+        hidden_states: Tensor,
+        low: Tensor | None = None,
+        *,
+        params: SequenceParallelParams,
+    ) -> Tensor:
+        """What some heads add to the output [s, b, h]."""
         recomputes = self.recomputes and self.training
         # Two products cost tensor-parallel ranks two reductions, and would be recomputed.
-        apart = params.sp.exchanges and self.tp_group.size() == 1 and not recomputes
+        together = heads.whole and self.tp_group.size() > 1
+        apart = params.sp.exchanges and not together and not recomputes
         if apart and self.head_widths[1] and isinstance(self.in_proj, _Linear):
-            early, late = self.in_proj(hidden_states, self.head_widths)
-            x = self._by_head(early)
-            y = self.mix(x, lambda: self._by_head(late()), hidden_states, params)
+            early, late = self.in_proj(hidden_states, heads, self.head_widths)
+            x = heads.by_head(early)
+            y = self.mix(x, lambda: heads.by_head(late()), low, heads, params)
         else:
-            x = self._project(hidden_states)
+            x = self._project(hidden_states, heads)
 
-            def mix(x: Tensor, hidden_states: Tensor) -> Tensor:
+            def mix(x: Tensor, low: Tensor | None) -> Tensor:
                 x, late = x.split(self.head_widths, -1)
-                return self.mix(x, lambda: late, hidden_states, params)
+                return self.mix(x, lambda: late, low, heads, params)
 
-            y = checkpoint(mix, False, x, hidden_states) if recomputes else mix(x, hidden_states)
-        out, _ = self.out_proj(y.flatten(2).transpose(0, 1).contiguous())
-        return out, None
+            y = checkpoint(mix, False, x, low) if recomputes else mix(x, low)
+        y = y.flatten(2).transpose(0, 1).contiguous()
+        out, _ = self.out_proj(y) if heads.whole else self.out_proj(y, heads)
+        return out
 
-    def _project(self, hidden_states: Tensor) -> Tensor:
-        """[s, b, h] -> [b, s, local heads, in_width]."""
-        projected, _ = self.in_proj(hidden_states)
+    def _project(self, hidden_states: Tensor, heads: Heads) -> Tensor:
+        """[s, b, h] -> [b, s, heads, in_width]."""
+        given = () if heads.whole else (heads,)
+        projected, _ = self.in_proj(hidden_states, *given)
         if self.share > 1:
             whole = all_gather_last_dim_from_tensor_parallel_region(projected, self.tp_group)
-            heads = self.tp_group.size() // self.share
-            projected = whole.chunk(heads, -1)[self.tp_group.rank() // self.share]
-        return self._by_head(projected)
-
-    def _by_head(self, x: Tensor) -> Tensor:
-        return x.transpose(0, 1).unflatten(-1, (self.heads, -1))
+            ranks = self.tp_group.size() // self.share
+            projected = whole.chunk(ranks, -1)[self.tp_group.rank() // self.share]
+        return heads.by_head(projected)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -251,20 +301,42 @@ def heads_of_keys(num_heads: int, key_heads: int) -> tuple[int, int]:
 
 
 class _Linear(ColumnParallelLinear):
-    """Megatron's, which can also give what it has for each head in two products.
+    """Megatron's, which can also give some heads alone, and what it has for each in two products.
 
-    Both by a call of the module, for hooks hang on it: Megatron's wait there for parameters that
+    All by a call of the module, for hooks hang on it: Megatron's wait there for parameters that
     are gathered during the forward pass.
     """
 
-    def forward(self, x: Tensor, head_widths: Sequence[int] | None = None) -> tuple[Tensor, Any]:
-        """head_widths: how many numbers of a head come now, and from the function returned."""
-        if head_widths is None:
+    def forward(
+        self, x: Tensor, heads: Heads | None = None, widths: Sequence[int] | None = None
+    ) -> tuple[Tensor, Any]:
+        """What x [tokens, ...] gives for some heads, or all.
+
+        Args:
+            heads: which. For a part of them nothing is sent to other tensor-parallel ranks: x has
+                all tokens, and the ranks' gradients of it are to be added up by others.
+            widths: how many numbers of a head come now, and from the function returned.
+        """
+        if widths is None and (heads is None or heads.whole):
             return super().forward(x)
-        by_head = self.weight.unflatten(0, (-1, sum(head_widths)))
-        early, late = by_head.split(head_widths, 1)
+        assert heads is not None
+        weight = heads.part(self.weight)
+        if widths is None:
+            return F.linear(x, weight, None if self.bias is None else heads.part(self.bias)), None
+        by_head = weight.unflatten(0, (-1, sum(widths)))
+        early, late = by_head.split(widths, 1)
         y, again = _Project.apply(x, early.flatten(0, 1))
         return y, lambda: F.linear(again, late.flatten(0, 1))
+
+
+class _RowLinear(RowParallelLinear):
+    """Megatron's, which can also take some heads alone; likewise."""
+
+    def forward(self, x: Tensor, heads: Heads | None = None) -> tuple[Tensor, Any]:
+        """heads: whose numbers x has; some alone are not added up over tensor-parallel ranks."""
+        if heads is None:
+            return super().forward(x)
+        return F.linear(x, heads.part(self.weight, 1)), None
 
 
 class _Project(torch.autograd.Function):

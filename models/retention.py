@@ -9,6 +9,7 @@ from torch import Tensor
 
 from seqpar.attention import start_linear_attention
 from seqpar.kernels.pieces import Late
+from seqpar.models.groups import Heads
 from seqpar.models.mixer import SequenceMixer
 from seqpar.models.norm import GatedHeadNorm
 from seqpar.models.sequence import SequenceParallelParams
@@ -66,15 +67,20 @@ class Retention(SequenceMixer):
         self.norm = GatedHeadNorm(config, value_head_dim, self.tp_group)
 
     def mix(
-        self, x: Tensor, late: Late, hidden_states: Tensor, params: SequenceParallelParams
+        self,
+        x: Tensor,
+        late: Late,
+        low: Tensor | None,
+        heads: Heads,
+        params: SequenceParallelParams,
     ) -> Tensor:
         """See SequenceMixer; the output's gate is late."""
         q, k, v = x.split(self.widths, -1)
         cos, sin = params.rotary(self.head_dim, self.rope_base, x.device)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        first = self.tp_group.rank() * self.heads
-        heads = torch.arange(first, first + self.heads, dtype=torch.float64, device=x.device)
-        log_decay = torch.log1p(-torch.exp2(-5 - heads)).float()
+        first = self.tp_group.rank() * self.heads + heads.first
+        numbers = torch.arange(first, first + len(heads), dtype=torch.float64, device=x.device)
+        log_decay = torch.log1p(-torch.exp2(-5 - numbers)).float()
         finish = start_linear_attention(q, k, v, log_decay, sp=params.sp)
         gate = late()
         return self.norm(finish(), gate)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from seqpar import softmax_attention
 from seqpar.kernels.pieces import Late
+from seqpar.models.groups import Heads
 from seqpar.models.mixer import SequenceMixer
 from seqpar.models.sequence import SequenceParallelParams
 
@@ -86,7 +87,12 @@ class SoftmaxAttention(SequenceMixer):
         self.rotary_dim = int(dim * rope_fraction) // 2 * 2
 
     def mix(
-        self, x: Tensor, late: Late, hidden_states: Tensor, params: SequenceParallelParams
+        self,
+        x: Tensor,
+        late: Late,
+        low: Tensor | None,
+        heads: Heads,
+        params: SequenceParallelParams,
     ) -> Tensor:
         """See SequenceMixer; a head of x is a group of query heads with their key and value."""
         q, k, v = x.split(self.widths, -1)
@@ -98,7 +104,7 @@ class SoftmaxAttention(SequenceMixer):
         out = softmax_attention(
             q, k, v, scale=self.config.softmax_scale, method=self.method, sp=params.sp
         )
-        return out.unflatten(2, (self.heads, -1)).flatten(3)
+        return out.unflatten(2, (len(heads), -1)).flatten(3)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

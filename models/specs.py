@@ -23,8 +23,7 @@ from seqpar.models.mamba2 import Mamba2
 from seqpar.models.mixer import SequenceMixer
 from seqpar.models.moe import moe_spec
 from seqpar.models.norm import RMSNorm
-from seqpar.models.offload import Offloader
-from seqpar.models.recompute import SavingLayer
+from seqpar.models.recompute import Runs, SavingLayer
 from seqpar.models.retention import Retention
 from seqpar.models.softmax import SoftmaxAttention
 
@@ -226,7 +225,7 @@ def hybrid_layer_spec(
     mixers = layer_mixers(model)
     return ModuleSpec(
         SavingLayer,
-        params={"memory": memory, "mixers": mixers, "offloader": Offloader()},
+        params={"memory": memory, "mixers": mixers, "runs": Runs()},
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(

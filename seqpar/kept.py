@@ -27,7 +27,8 @@ class Kept:
     Args:
         large: whether also what grows with the tokens is kept.
 
-    Attributes: rows, what was remembered, in order; sums, what was added up, by its owner.
+    Attributes: rows, what was remembered, in order; sums, what was added up, by its owner; outer,
+        what surrounds it: a second run of a layer is the first one of parts that run a third time.
     """
 
     def __init__(self, large: bool = False) -> None:
@@ -35,10 +36,12 @@ class Kept:
         self.rows: list[Row] = []
         self.sums: dict[Any, Tensor] = {}
         self.again = False
+        self.outer: Kept | None = None
 
     @contextmanager
     def first(self) -> Iterator[None]:
         """Within it things are remembered."""
+        self.outer = _current.get()
         token = _current.set(self)
         try:
             yield
@@ -64,13 +67,15 @@ def kept() -> Kept | None:
 def recall(large: bool = False) -> Row | None:
     """What the first run remembered here; None in any other run. large: see `remember`."""
     now = _current.get()
-    if now is None or not now.again or (large and not now.large):
-        return None
-    return now.rows.pop(0)
+    while now is not None and not now.again:
+        now = now.outer
+    return None if now is None or (large and not now.large) else now.rows.pop(0)
 
 
 def remember(*row: Tensor | None, large: bool = False) -> None:
     """Keep `row` for a second run, if there is one. large: whether it grows with the tokens."""
     now = _current.get()
-    if now is not None and not now.again and (now.large or not large):
-        now.rows.append(row)
+    while now is not None and not now.again:
+        if now.large or not large:
+            now.rows.append(row)
+        now = now.outer

@@ -26,6 +26,7 @@ class Gather:
         self._sp = sp
         self._longest = max(sp.layout.shard_sizes)
         self._returning: list[Pending] = []
+        self._whole: Tensor | None = None  # gradients of one rank
 
     def parts(self, k: Tensor, v: Tensor, group: int) -> Iterator[Part]:
         layout, comm = self._sp.layout, self._sp.comm
@@ -57,12 +58,19 @@ class Gather:
         for part in self.parts(k, v, group):
             part.gradients = part.keys.new_zeros(2, *part.keys.shape, dtype=precise)
             yield part
+            if comm.size == 1:
+                self._whole = part.gradients
+                continue
             ranks = range(comm.size)
             shards = [layout.shard(part.gradients, rank, dim=3) for rank in ranks]
             by_rank = torch.stack([_padded(shard, self._longest) for shard in shards])
             self._returning.append(comm.reduce_scatter(by_rank, KIND))
 
     def gradients(self) -> tuple[Tensor, Tensor]:
+        if self._whole is not None:
+            dk, dv = self._whole.transpose(2, 3)
+            self._whole = None
+            return dk, dv
         tokens = self._sp.layout.local_tokens(self._sp.rank)
         dk, dv = torch.cat([x.wait()[..., :tokens, :] for x in self._returning], 2).transpose(2, 3)
         self._returning.clear()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from seqpar.models.offload import Offloader
-from seqpar.models.recompute import Here, Part, recompute
+from seqpar.models.recompute import Here, Part, Run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,7 +42,7 @@ def gradients(kind: str) -> tuple[list[Tensor], int]:
         for number, layer in enumerate(layers):
             stored: Any = offloader.begin(number) if kind == "offload" else Here()
             part = Part(partial(run, layer), list(layer.parameters()))
-            x = run(layer, x) if kind == "keep" else recompute([part], x, stored)
+            x = run(layer, x) if kind == "keep" else Run(stored)([part], x)
         found = list(torch.autograd.grad(x.float().square().mean(), [first, *parameters]))
         del x
     return found, torch.cuda.max_memory_allocated()

@@ -1,5 +1,6 @@
 """Whatever is not kept of a forward pass, the loss and all gradients are the same."""
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron_setup import (
 )
 from torch import Tensor
 
+from seqpar import blocks
 from seqpar.comm import Communicator
 from seqpar.models.config import MemoryConfig, ModelConfig
 from seqpar.models.language_model import forward_step
@@ -31,6 +33,13 @@ SAVERS = {
     "tiles": MemoryConfig(recompute=["mlp"], mlp_tokens=5),
     "layers": MemoryConfig(recompute=ALL, mlp_tokens=5),
     "offload": MemoryConfig(loss_tokens=5, recompute=ALL, mlp_tokens=7, offload_layers=2),
+    "heads": MemoryConfig(recompute=ALL, mlp_tokens=5, head_groups=4, offload_layers=2),
+    "pairs": MemoryConfig(recompute=ALL, head_groups=2, keep_attention=False),
+    "every other": MemoryConfig(recompute=ALL, mlp_tokens=7, keep_every=2, offload_layers=3),
+    "every third": MemoryConfig(
+        recompute=ALL, mlp_tokens=7, keep_every=3, head_groups=2, keep_attention=False
+    ),
+    "mixers": MemoryConfig(recompute=["linear", "softmax"], head_groups=2),
 }
 
 
@@ -82,7 +91,7 @@ SPREAD: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("spread", SPREAD)
-@pytest.mark.parametrize("saver", ["layers", "offload"])
+@pytest.mark.parametrize("saver", ["layers", "offload", "heads", "every other", "every third"])
 def test_on_two_ranks(saver: str, spread: str) -> None:
     compare(tiny("GDN"), SAVERS[saver], 2, **SPREAD[spread])
 
@@ -98,10 +107,62 @@ def test_a_rank_with_few_tokens_has_as_many_tiles_as_the_others() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["G", "D", "K", "M", "R"])
-def test_states_and_halos_are_not_exchanged_again(pattern: str) -> None:
-    found, kept = compare(tiny(pattern, num_experts=0), SAVERS["layers"], 2, context=2)
-    assert found == {**kept, "loss": found["loss"]}
+@pytest.mark.parametrize(("groups", "every"), [(1, 1), (4, 1), (2, 2)])
+def test_states_and_halos_are_not_exchanged_again(pattern: str, groups: int, every: int) -> None:
+    memory = dataclasses.replace(SAVERS["layers"], head_groups=groups, keep_every=every)
+    found, kept = compare(tiny(2 * pattern, num_experts=0), memory, 2, context=2)
+    wanted = {kind: calls * groups for kind, calls in kept.items()}  # each group its own
+    assert found == {**wanted, "loss": found["loss"]}
     assert kept["state"] > 0
+
+
+@pytest.mark.parametrize("spread", ["alone", "context", "tensor", "tensor, tokens cut"])
+@pytest.mark.parametrize("pattern", ["G", "D", "K", "M", "R", "N"])
+def test_heads_in_groups(pattern: str, spread: str) -> None:
+    """Fewer heads of keys than of values; two heads a rank at least."""
+    model = tiny(pattern, num_experts=0, num_heads=8, key_heads=4, kv_heads=4)
+    words: dict[str, dict[str, Any]] = {
+        "alone": {},
+        "context": {"context": 2},
+        "tensor": {"tensor": 2},
+        "tensor, tokens cut": {"tensor": 2, "config": {"sequence_parallel": True}},
+    }
+    ranks = 1 if spread == "alone" else 2
+    memory = MemoryConfig(recompute=ALL, head_groups=2, keep_attention=False)
+    compare(model, memory, ranks, **words[spread])
+
+
+def test_heads_in_groups_on_four_ranks_round_a_ring() -> None:
+    spread = {"tensor": 2, "context": 2, "softmax": "ring", "layout": "zigzag"}
+    compare(tiny("GN", num_experts=0, kv_heads=4), SAVERS["pairs"], 4, **spread)
+
+
+def attended(rank: int, model: ModelConfig, setting: Setting) -> tuple[int, int]:
+    """How often a head attended forwards and backwards in one step."""
+    calls: Counter[str] = Counter()
+    module: Any = blocks
+    forward, backward = module.block_forward, module.block_backward
+
+    def forwards(q: Tensor, *others: Any) -> Any:
+        calls["forward"] += q.shape[1]
+        return forward(q, *others)
+
+    def backwards(do: Tensor, *others: Any) -> Any:
+        calls["backward"] += do.shape[1]
+        return backward(do, *others)
+
+    module.block_forward, module.block_backward = forwards, backwards
+    train_step(Rank(model, setting))
+    return calls["forward"], calls["backward"]
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize(("kept", "runs"), [(True, 1), (False, 2)])
+def test_what_is_run_a_third_time_does_not_attend(kept: bool, runs: int, every: int) -> None:
+    memory = MemoryConfig(recompute=ALL, head_groups=2, keep_attention=kept, keep_every=every)
+    setting = Setting(memory=memory, documents=None)
+    model = tiny("NN", num_experts=0)
+    assert run_ranks(attended, 1, model, setting) == [(runs * 8, 8)]
 
 
 def evaluated(rank: int, model: ModelConfig, memory: MemoryConfig) -> Tensor:
@@ -126,6 +187,17 @@ def build(rank: int, model: ModelConfig, setting: Setting) -> None:
         ({"mlp_tokens": -1}, {}, "memory.mlp_tokens=-1 must be at least 0; nearest: 0"),
         ({"recompute": ["moe"]}, {}, r"memory.recompute=\['moe'\] may hold linear, softmax, mlp"),
         ({"offload_layers": 2}, {}, r"memory.offload_layers=2 .* set it to \[linear, softmax, mlp"),
+        (
+            {"head_groups": 2},
+            {},
+            r"memory.head_groups=2 .* memory.recompute=\[\] names none; nearest: 1",
+        ),
+        (
+            {"recompute": ["linear"], "head_groups": 3},
+            {},
+            "memory.head_groups=3 must divide the heads of gla on a rank=4; nearest: 2, 4",
+        ),
+        ({"recompute": ["linear", "mlp"], "keep_every": 2}, {}, "memory.keep_every=2 is of layers"),
         ({"recompute": ["mlp"]}, {"hidden_dropout": 0.1}, "not possible with hidden_dropout=0.1"),
         (
             {"recompute": ["mlp"]},

@@ -17,6 +17,7 @@ from torch import Tensor
 import seqpar
 from seqpar.comm import Communicator
 from seqpar.kernels import reference
+from seqpar.models.groups import Heads
 from seqpar.models.sequence import SequenceParallelParams
 from seqpar.models.specs import linear_attention_spec, softmax_attention_spec
 
@@ -225,8 +226,9 @@ def sharded_softmax(rank: int, kind: str, documents: Any, total: int) -> tuple[T
 
 def attend_alone(module: Any, x: Tensor) -> Tensor:
     whole = SequenceParallelParams(seqpar.SequenceParallel(None, seqpar.Layout(len(x), 1)))
-    y = module.in_proj(x)[0].transpose(0, 1).unflatten(-1, (module.heads, -1))
-    return module.mix(y, lambda: y[..., :0], x, whole).flatten(2).transpose(0, 1)
+    heads = Heads(0, module.heads, module.heads)
+    y = heads.by_head(module.in_proj(x)[0])
+    return module.mix(y, lambda: y[..., :0], None, heads, whole).flatten(2).transpose(0, 1)
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag"])

@@ -6,9 +6,10 @@
 Models have 24 layers, hidden 2048, bf16: `hybrid` is launch/configs/hybrid-1.3b.yaml (`LLLN`,
 grouped queries), `linear` the same with linear layers only. A step is the trainer's: forward,
 backward, AdamW. Each length is run with the fastest way to save memory that the plan says fits, or
-the most saving one if it says that none does; the shortest length with every way that fits. What is
-timed is one step, after one of few tokens that compiles the kernels, and, if it takes less than
-half a minute, after another like it, which finds pinned memory ready.
+the most saving one if it says that none does; the shortest length also with slower ones, each of
+which saves a tenth more. What is timed is one step, after one of few tokens that compiles the
+kernels, and, if it takes less than half a minute, after another like it, which finds pinned memory
+ready.
 
 DIR takes memory.csv, a row as soon as it is measured, and memory.png: memory by part as planned,
 and measured peaks. The fastest cases come first; one that would not end in time is a row that says
@@ -81,12 +82,15 @@ def cases(args: argparse.Namespace, gpus: int, cluster: Cluster) -> list[tuple[s
                 ],
             )
             plans: dict[float, tuple[Plan, Change]] = {}  # without those that change nothing
-            for way in savers(len(config.model.pattern)):
+            for way in savers(config):
                 plan = make_plan(changed(config, way), gpus, cluster)
                 plans.setdefault(sum(plan.memory.values()), (plan, way))
             fitting = [each for each in plans.values() if each[0].fits] or [(plan, way)]
-            fastest = min(fitting, key=lambda each: sum(each[0].seconds.values()))
-            chosen = fitting if length == args.lengths[0] else [fastest]
+            fitting.sort(key=lambda each: sum(each[0].seconds.values()))
+            chosen, least = fitting[:1], sum(fitting[0][0].memory.values())
+            for each in fitting if length == args.lengths[0] else []:
+                if (size := sum(each[0].memory.values())) < 0.9 * least:
+                    chosen, least = [*chosen, each], size
             found += [(model, *each) for each in chosen]
     return sorted(found, key=lambda each: sum(each[1].seconds.values()))
 
