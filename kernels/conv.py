@@ -53,17 +53,13 @@ class Convolution:
         def make() -> Launch:
             block = _block(len(weight), 256 if x.element_size() == 2 else 128)  # 16 bytes a thread
             programs, rows = self._cut(x, block, 64)
-            strides, unit = in_units(x)
             return Launch(
                 conv_kernel,
                 programs * ceil_div(len(weight), block),
-                [*self._sizes(x), *strides],
-                X_UNIT=unit,
-                **self._constants(x, halo, weight, bias),
+                **in_units(x=x),
+                **self._values(x, halo, weight, bias),
                 BLOCK=block,
                 ROWS=rows,
-                UNROLL=4,
-                num_warps=1,
             )
 
         kind = self._kind(halo, bias)
@@ -90,18 +86,13 @@ class Convolution:
         inputs = *self._inputs(x, halo, weight, bias), dy
 
         def make() -> Launch:
-            (x_strides, x_unit), (y_strides, y_unit) = in_units(x), in_units(dy)
             return Launch(
                 conv_backward_kernel,
                 programs * ceil_div(channels, block),
-                [*self._sizes(x), *x_strides, *y_strides],
-                X_UNIT=x_unit,
-                Y_UNIT=y_unit,
-                **self._constants(x, halo, weight, bias),
+                **in_units(x=x, y=dy),
+                **self._values(x, halo, weight, bias),
                 BLOCK=block,
                 ROWS=rows,
-                UNROLL=4,
-                num_warps=1,
             )
 
         kind = self._kind(halo, bias)
@@ -129,13 +120,12 @@ class Convolution:
         missing = halo is None, bias is None, self.seen is None
         return "conv", self.silu, self.ranges, *missing
 
-    def _sizes(self, x: Tensor) -> tuple[int, int]:
-        return x.shape[0], x.shape[1] // self.ranges
-
-    def _constants(
+    def _values(
         self, x: Tensor, halo: Tensor | None, weight: Tensor, bias: Tensor | None
     ) -> dict[str, Any]:
         return {
+            "batches": x.shape[0],
+            "length": x.shape[1] // self.ranges,
             "CHANNELS": weight.shape[0],
             "DIM": x.shape[3],
             "WIDTH": weight.shape[1],
@@ -145,6 +135,8 @@ class Convolution:
             "PACKED": self.seen is not None,
             "RANGES": self.ranges,
             "FAST": x.is_cuda,
+            "UNROLL": 4,
+            "num_warps": 1,
         }
 
     def _cut(self, x: Tensor, block: int, most: int) -> tuple[int, int]:

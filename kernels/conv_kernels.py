@@ -131,31 +131,14 @@ def _handed_on(pending, dz, taps, seen, WIDTH, PACKED):
 
 @triton.jit(do_not_specialize=["batches", "length"])
 def conv_kernel(
-    x,
-    halo,
-    weight,
-    bias,
-    seen,
-    y,
-    batches,
-    length,
-    xb,
-    xt,
-    xh,
-    X_UNIT: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BIAS: tl.constexpr,
-    SILU: tl.constexpr,
-    HALO: tl.constexpr,
-    PACKED: tl.constexpr,
-    RANGES: tl.constexpr,
-    FAST: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
+    x, halo, weight, bias, seen, y,
+    batches, length,
+    xb, xt, xh,
+    X_UNIT: tl.constexpr, CHANNELS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    BIAS: tl.constexpr, SILU: tl.constexpr, HALO: tl.constexpr, PACKED: tl.constexpr,
+    RANGES: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     UNROLL: tl.constexpr,
-):
+):  # fmt: skip
     """y_t = SiLU(Σ_j weight[:, WIDTH-1-j] x_{t-j} + bias).
 
     x [B, T, H, DIM] by its strides, H * DIM = CHANNELS and T = RANGES * length; halo [RANGES *
@@ -167,7 +150,7 @@ def conv_kernel(
     offsets = cols // DIM * (xh * X_UNIT) + cols % DIM
     stride = xt * X_UNIT
     row = batches.to(tl.int64) * CHANNELS
-    x += batch * (xb * X_UNIT) + part * length * stride
+    x += batch * xb * X_UNIT + part * length * stride
     y += (batch * RANGES + part) * length * CHANNELS
     halo += (part + 1) * (WIDTH - 1) * row + batch * CHANNELS
     seen += part * length
@@ -191,38 +174,14 @@ def conv_kernel(
 
 @triton.jit(do_not_specialize=["batches", "length"])
 def conv_backward_kernel(
-    x,
-    halo,
-    weight,
-    bias,
-    seen,
-    dy,
-    dx,
-    d_halo,
-    sums,
-    batches,
-    length,
-    xb,
-    xt,
-    xh,
-    yb,
-    yt,
-    yh,
-    X_UNIT: tl.constexpr,
-    Y_UNIT: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BIAS: tl.constexpr,
-    SILU: tl.constexpr,
-    HALO: tl.constexpr,
-    PACKED: tl.constexpr,
-    RANGES: tl.constexpr,
-    FAST: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
+    x, halo, weight, bias, seen, dy, dx, d_halo, sums,
+    batches, length,
+    xb, xt, xh, yb, yt, yh,
+    X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr, CHANNELS: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, HALO: tl.constexpr,
+    PACKED: tl.constexpr, RANGES: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
     """The gradients, from dz, those of the sums before the activation, which are formed again.
 
         dx_p = Σ_j weight[:, WIDTH-1-j] dz_{p+j};  dweight[:, WIDTH-1-j] = Σ_t dz_t x_{t-j}
@@ -239,8 +198,8 @@ def conv_backward_kernel(
     stride = xt * X_UNIT
     y_stride = yt * Y_UNIT
     row = batches.to(tl.int64) * CHANNELS
-    x += batch * (xb * X_UNIT) + part * length * stride
-    dy += batch * (yb * Y_UNIT) + part * length * y_stride
+    x += batch * xb * X_UNIT + part * length * stride
+    dy += batch * yb * Y_UNIT + part * length * y_stride
     dx += (batch * RANGES + part) * length * CHANNELS
     halo += (part + 1) * REACH * row + batch * CHANNELS
     d_halo += (part + 1) * REACH * row + batch * CHANNELS

@@ -17,7 +17,7 @@ from seqpar.kernels.launch import Launch, plan
 from seqpar.kernels.passes import Passes, is_for_hopper, operand_dtype, products, ungroup
 from seqpar.kernels.pieces import Late, Pieces
 from seqpar.kernels.state_kernels import fold_kernel, scan_kernel
-from seqpar.kernels.strides import dense
+from seqpar.kernels.strides import dense, named
 from seqpar.kernels.transition import Decay, Identity, Transition
 from seqpar.kernels.tuned import (
     BLOCK,
@@ -101,7 +101,10 @@ class TritonLinear:
             return Launch(
                 scan_kernel,
                 chains * ceil_div(DY, rows),
-                [batch, summaries, filled.shape[1], arriving.shape[1]],
+                batches=batch,
+                summaries=summaries,
+                slots=filled.shape[1],
+                ends=arriving.shape[1],
                 HEADS=heads,
                 DY=DY,
                 DZ=DZ,
@@ -185,7 +188,6 @@ class _Prepared:
             return A, B
 
         def make() -> Launch:
-            chunks = passes.frames.levels.shape[1] if passes.frames else 0
             hopper = passes.hopper and passes.frames is None
             config = fold_config(DY, DZ, z.dtype, hopper)
             blocks = ceil_div(DY, config.rows) * ceil_div(DZ, config.columns)
@@ -193,15 +195,11 @@ class _Prepared:
             return Launch(
                 fold_kernel,
                 blocks * heads * batch * summaries,
-                [
-                    scale,
-                    batch,
-                    len(passes.table),
-                    chunks,
-                    *y.stride()[:3],
-                    *z.stride()[:3],
-                    *passes.gate.stride()[:3],
-                ],
+                scale=scale,
+                batches=batch,
+                pieces=len(passes.table),
+                chunks=passes.chunks,
+                **named(y=y, z=z, g=passes.gate),
                 HEADS=heads,
                 Y_GROUP=heads // y.shape[2],
                 Z_GROUP=1,

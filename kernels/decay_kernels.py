@@ -55,66 +55,38 @@ def _state(pointer, row, col, row_stride, col_stride, ROWS: tl.constexpr, COLS: 
     return pointers, (row < ROWS)[:, None] & (col < COLS)[None, :]
 
 
+@triton.jit
+def _frames(
+    steps, counts, halves, batch, head, piece, pieces, first_chunk, chunks,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """How many frames a piece has of one head, its steps, and its half decays of WIDTH channels."""
+    of_head = batch * HEADS + head
+    count = tl.load(counts + of_head * pieces + piece)
+    steps += (of_head * chunks + first_chunk) * (C // 8)
+    halves += ((batch * chunks + first_chunk) * (C // 8) * HEADS + head) * WIDTH
+    return count, steps, halves
+
+
+@triton.jit
+def _half(halves, slot, cols, HEADS: tl.constexpr, WIDTH: tl.constexpr):
+    """The half decays, log2, of the frame that begins at a slot."""
+    at = halves + slot.to(tl.int64) * (HEADS * WIDTH) + cols
+    return tl.load(at, mask=cols < WIDTH, other=0.0)
+
+
 @triton.jit(do_not_specialize=["batches", "tokens", "blocks", "slots", "saves", "chunks"])
 def run_kernel(
-    x,
-    y,
-    z,
-    other,
-    out,
-    gate,
-    entering,
-    saved,
-    shares,
-    flows,
-    halves,
-    steps,
-    counts,
-    table,
-    scale,
-    batches,
-    tokens,
-    blocks,
-    slots,
-    saves,
-    chunks,
-    xb,
-    xt,
-    xh,
-    yb,
-    yt,
-    yh,
-    zb,
-    zt,
-    zh,
-    wb,
-    wt,
-    wh,
-    gb,
-    gt,
-    gh,
-    state_row,
-    state_col,
-    HEADS: tl.constexpr,
-    X_GROUP: tl.constexpr,
-    Y_GROUP: tl.constexpr,
-    Z_GROUP: tl.constexpr,
-    W_GROUP: tl.constexpr,
-    DY: tl.constexpr,
-    DZ: tl.constexpr,
-    BY: tl.constexpr,
-    BZ: tl.constexpr,
-    C: tl.constexpr,
-    DECAY: tl.constexpr,
-    REVERSE: tl.constexpr,
-    GATE: tl.constexpr,
-    STRICT: tl.constexpr,
-    SPLIT: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SPAN: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    x, y, z, other, out, gate, entering, saved, shares, flows,
+    halves, steps, counts, table,
+    scale, batches, tokens, blocks, slots, saves, chunks,
+    xb, xt, xh, yb, yt, yh, zb, zt, zh, wb, wt, wh, gb, gt, gh, state_row, state_col,
+    HEADS: tl.constexpr, X_GROUP: tl.constexpr, Y_GROUP: tl.constexpr, Z_GROUP: tl.constexpr,
+    W_GROUP: tl.constexpr, DY: tl.constexpr, DZ: tl.constexpr, BY: tl.constexpr, BZ: tl.constexpr,
+    C: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr, GATE: tl.constexpr,
+    STRICT: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    SPAN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """See the top of the file. x, y [B, T, H, DY]; z, out [B, T, H, DZ].
 
     DECAY: "none", "scalar", and diagonal along "key" (y) or "value" (z). GATE: whether to write
@@ -173,12 +145,10 @@ def run_kernel(
     if FRAMED:
         first_chunk = tl.load(row + 7).to(tl.int64)
         pieces = tl.num_programs(0) // (BLOCKS * HEADS) // batches
-        count = tl.load(counts + (batch * HEADS + head) * pieces + piece)
-        steps += ((batch * HEADS + head) * chunks + first_chunk) * (C // 8)
-        if DECAY == "key":
-            halves += ((batch * chunks + first_chunk) * (C // 8) * HEADS + head) * DY
-        else:
-            halves += ((batch * chunks + first_chunk) * (C // 8) * HEADS + head) * DZ
+        lists = steps, counts, halves
+        place_of = batch, head, piece, pieces, first_chunk, chunks
+        DECAYED: tl.constexpr = DY if DECAY == "key" else DZ
+        count, steps, halves = _frames(*lists, *place_of, HEADS, DECAYED, C)
 
     for step in tl.range(count, num_stages=STAGES):
         turn = step
@@ -226,12 +196,10 @@ def run_kernel(
             else:
                 total, enters, leaves = until, until, after
         elif DECAY == "key":
-            half_at = halves + (entry // 4).to(tl.int64) * (HEADS * DY) + cols
-            half = tl.exp2(tl.load(half_at, mask=cols < DY, other=0.0))[None, :]
+            half = tl.exp2(_half(halves, entry // 4, cols, HEADS, DY))[None, :]
             state *= half
         elif DECAY == "value":
-            half_at = halves + (entry // 4).to(tl.int64) * (HEADS * DZ) + out_cols
-            half = tl.exp2(tl.load(half_at, mask=out_cols < DZ, other=0.0))[:, None]
+            half = tl.exp2(_half(halves, entry // 4, out_cols, HEADS, DZ))[:, None]
             state *= half
 
         scores = tl.dot(x_tile, tl.trans(y_tile), input_precision=PRECISION)

@@ -24,62 +24,20 @@ cancel.
 import triton
 import triton.language as tl
 
-from seqpar.kernels.decay_kernels import _state, _tile
-from seqpar.kernels.delta_kernels import STEP, _decayed, _decays, _low, _part, _solved
+from seqpar.kernels.decay_kernels import _frames, _half, _state, _tile
+from seqpar.kernels.delta_kernels import STEP, _decayed, _decays, _low, _part, _row, _solved
 
 
 @triton.jit(do_not_specialize=["batches", "tokens", "pieces", "chunks", "slots"])
 def walk_back_kernel(
-    q,
-    plus,
-    minus,
-    do,
-    r,
-    beta,
-    gate,
-    solved,
-    dx,
-    shares,
-    leaving,
-    B,
-    halves,
-    steps,
-    counts,
-    table,
-    scale,
-    batches,
-    tokens,
-    pieces,
-    chunks,
-    slots,
-    qb,
-    qt,
-    qh,
-    kb,
-    kt,
-    kh,
-    ob,
-    ot,
-    oh,
-    bb,
-    bt,
-    bh,
-    gb,
-    gt,
-    gh,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    DECAY: tl.constexpr,
-    SUMMARY: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    q, plus, minus, do, r, beta, gate, solved, dx, shares, leaving, B,
+    halves, steps, counts, table,
+    scale, batches, tokens, pieces, chunks, slots,
+    qb, qt, qh, kb, kt, kh, ob, ot, oh, bb, bt, bh, gb, gt, gh,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, SUMMARY: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """dX of one piece, [B, T, H, DV], from the gradient of the state that leaves it, and dβ, a
     share for each block of columns [B, H, blocks, T].
 
@@ -100,14 +58,8 @@ def walk_back_kernel(
     cols = tl.arange(0, BK)
     v_cols = block * BV + tl.arange(0, BV)
     state = tl.zeros([BV, BK], tl.float32)
-    if SUMMARY:
-        row = table + 4 * place
-        first_chunk = tl.load(row + 2).to(tl.int64)
-        piece = tl.load(row + 3)
-    else:
-        row = table + 8 * place
-        first_chunk = tl.load(row + 7).to(tl.int64)
-        piece = place
+    row, first_chunk, piece = _row(table, place, SUMMARY)
+    if not SUMMARY:
         slot = tl.load(row + 3).to(tl.int64)
         if slot >= 0:
             base = leaving + ((batch * slots + slot) * HEADS + head) * (DK * DV)
@@ -127,9 +79,9 @@ def walk_back_kernel(
     out = ((batch * tokens + start) * HEADS + head) * DV
     count = tl.cdiv(length, STEP)
     if FRAMED:
-        count = tl.load(counts + (batch * HEADS + head) * pieces + piece)
-        steps += ((batch * HEADS + head) * chunks + first_chunk) * (C // 8)
-        halves += ((batch * chunks + first_chunk) * (C // 8) * HEADS + head) * DK
+        lists = steps, counts, halves
+        place_of = batch, head, piece, pieces, first_chunk, chunks
+        count, steps, halves = _frames(*lists, *place_of, HEADS, DK, C)
 
     for turn in tl.range(count, num_stages=STAGES):
         first, stop, at_half, opens, closes = _part(steps, count - 1 - turn, length, C, FRAMED)
@@ -145,8 +97,7 @@ def walk_back_kernel(
         do_tile = _tile(do, rows, mask, v_cols, ot, DV, BLOCKS * BV).to(OPERAND)
 
         if FRAMED:
-            half_at = halves + at_half.to(tl.int64) * (HEADS * DK) + cols
-            half = tl.load(half_at, mask=cols < DK, other=0.0)
+            half = _half(halves, at_half, cols, HEADS, DK)
             state *= tl.exp2(tl.where(closes, half, 0.0))[None, :]
         # [j, i]
         scores = tl.dot(minus_tile, tl.trans(q_tile), input_precision=PRECISION)
@@ -192,55 +143,14 @@ def walk_back_kernel(
 
 @triton.jit(do_not_specialize=["batches", "tokens", "pieces", "chunks", "slots", "saves", "blocks"])
 def keys_kernel(
-    u,
-    do,
-    dx,
-    q,
-    plus,
-    d_plus,
-    out,
-    gate,
-    leaving,
-    saved,
-    shares,
-    flows,
-    halves,
-    steps,
-    counts,
-    table,
-    scale,
-    batches,
-    tokens,
-    pieces,
-    chunks,
-    slots,
-    saves,
-    blocks,
-    ob,
-    ot,
-    oh,
-    qb,
-    qt,
-    qh,
-    kb,
-    kt,
-    kh,
-    gb,
-    gt,
-    gh,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    SPAN: tl.constexpr,
-    DECAY: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    u, do, dx, q, plus, d_plus, out, gate, leaving, saved, shares, flows,
+    halves, steps, counts, table,
+    scale, batches, tokens, pieces, chunks, slots, saves, blocks,
+    ob, ot, oh, qb, qt, qh, kb, kt, kh, gb, gt, gh,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, DECAY: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """dK⁻ of one piece and some of its channels, [B, T, H, DK]; without frames dK⁺ is added to it.
 
     u, dx, do [B, T, H, DV]. With decay, what its gradient needs: saved [B, saves, H, DK, DV] of the
@@ -278,9 +188,9 @@ def keys_kernel(
     count = tl.cdiv(length, STEP)
     if FRAMED:
         first_chunk = tl.load(row + 7).to(tl.int64)
-        count = tl.load(counts + (batch * HEADS + head) * pieces + piece)
-        steps += ((batch * HEADS + head) * chunks + first_chunk) * (C // 8)
-        halves += ((batch * chunks + first_chunk) * (C // 8) * HEADS + head) * DK
+        lists = steps, counts, halves
+        place_of = batch, head, piece, pieces, first_chunk, chunks
+        count, steps, halves = _frames(*lists, *place_of, HEADS, DK, C)
         flows += ((batch * blocks + tl.load(row + 4)) * HEADS + head) * DK
     if DECAY == "scalar":
         gate += batch * gb + head * gh + start * gt
@@ -315,8 +225,7 @@ def keys_kernel(
                 else:
                     tl.store(flows + every, tl.sum(flow, 0))
         if FRAMED:
-            half_at = halves + at_half.to(tl.int64) * (HEADS * DK) + k_cols
-            half = tl.load(half_at, mask=k_cols < DK, other=0.0)
+            half = _half(halves, at_half, k_cols, HEADS, DK)
             state *= tl.exp2(tl.where(closes, half, 0.0))[:, None]
         of_o = tl.dot(u_tile, tl.trans(do_tile), input_precision=PRECISION)
         of_o = tl.where(index[:, None] <= index[None, :], of_o, 0.0)

@@ -27,7 +27,7 @@ decay_kernels.py gives.
 import triton
 import triton.language as tl
 
-from seqpar.kernels.decay_kernels import _state, _tile
+from seqpar.kernels.decay_kernels import _frames, _half, _state, _tile
 
 STEP = tl.constexpr(32)  # tokens
 
@@ -53,6 +53,16 @@ def _decayed(scores, until, PRIOR: tl.constexpr):
     PRIOR: [j, i]."""
     reach = until[None, :] - until[:, None] if PRIOR else until[:, None] - until[None, :]
     return scores * tl.exp(tl.minimum(reach, 0.0))
+
+
+@triton.jit
+def _row(table, place, SUMMARY: tl.constexpr):
+    """A row of `tables.piece_rows` or `tables.summary_rows`; the chunks before it; its piece."""
+    if SUMMARY:
+        row = table + 4 * place
+        return row, tl.load(row + 2).to(tl.int64), tl.load(row + 3)
+    row = table + 8 * place
+    return row, tl.load(row + 7).to(tl.int64), place
 
 
 @triton.jit
@@ -93,36 +103,15 @@ def _inverted(M, beta):
     return T
 
 
-@triton.jit(do_not_specialize=["batches", "tokens", "chunks"])
+@triton.jit(do_not_specialize=["tokens", "chunks"])
 def solve_kernel(
-    plus,
-    minus,
-    beta,
-    gate,
-    solved,
-    levels,
-    table,
-    batches,
-    tokens,
-    chunks,
-    kb,
-    kt,
-    kh,
-    bb,
-    bt,
-    bh,
-    gb,
-    gt,
-    gh,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    DK: tl.constexpr,
-    BK: tl.constexpr,
-    C: tl.constexpr,
-    DECAY: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    plus, minus, beta, gate, solved,
+    levels, table,
+    tokens, chunks,
+    kb, kt, kh, bb, bt, bh, gb, gt, gh,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    DECAY: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """T of 32 tokens of one head: solved [B, H, T, 32], zero between different steps.
 
     plus, minus [B, T, H, DK]; beta [B, T, H]. `table`: `tables.cut_rows` of chunks of C tokens.
@@ -187,52 +176,14 @@ def solve_kernel(
 
 @triton.jit(do_not_specialize=["batches", "tokens", "pieces", "chunks", "slots"])
 def walk_kernel(
-    plus,
-    minus,
-    v,
-    beta,
-    gate,
-    solved,
-    u,
-    r,
-    entering,
-    A,
-    B,
-    halves,
-    steps,
-    counts,
-    table,
-    batches,
-    tokens,
-    pieces,
-    chunks,
-    slots,
-    kb,
-    kt,
-    kh,
-    vb,
-    vt,
-    vh,
-    bb,
-    bt,
-    bh,
-    gb,
-    gt,
-    gh,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    DECAY: tl.constexpr,
-    SUMMARY: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    plus, minus, v, beta, gate, solved, u, r, entering, A, B,
+    halves, steps, counts, table,
+    batches, tokens, pieces, chunks, slots,
+    kb, kt, kh, vb, vt, vh, bb, bt, bh, gb, gt, gh,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, SUMMARY: tl.constexpr,
+    RESIDUAL: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """U of one piece, [B, T, H, DV], from the state that enters it; RESIDUAL: and R.
 
     SUMMARY: not those, but A [B, N, H, DK, DK] and B [B, N, H, DK, DV] of each piece. States and
@@ -255,19 +206,14 @@ def walk_kernel(
     cols = tl.arange(0, BK)
     v_cols = block * BV + tl.arange(0, BV)
     state = tl.zeros([BV, BK], tl.float32)
+    row, first_chunk, piece = _row(table, place, SUMMARY)
     if SUMMARY:
-        row = table + 4 * place
-        first_chunk = tl.load(row + 2).to(tl.int64)
-        piece = tl.load(row + 3)
         of_A = block >= OF_B
         if of_A:
             v_cols -= OF_B * BV
             state = tl.where(v_cols[:, None] == cols[None, :], 1.0, 0.0)
         valued = (v_cols < DV) & (block < OF_B)
     else:
-        row = table + 8 * place
-        first_chunk = tl.load(row + 7).to(tl.int64)
-        piece = place
         slot = tl.load(row + 2).to(tl.int64)
         if slot >= 0:
             base = entering + ((batch * slots + slot) * HEADS + head) * (DK * DV)
@@ -286,9 +232,9 @@ def walk_kernel(
     out = ((batch * tokens + start) * HEADS + head) * DV
     count = tl.cdiv(length, STEP)
     if FRAMED:
-        count = tl.load(counts + (batch * HEADS + head) * pieces + piece)
-        steps += ((batch * HEADS + head) * chunks + first_chunk) * (C // 8)
-        halves += ((batch * chunks + first_chunk) * (C // 8) * HEADS + head) * DK
+        lists = steps, counts, halves
+        place_of = batch, head, piece, pieces, first_chunk, chunks
+        count, steps, halves = _frames(*lists, *place_of, HEADS, DK, C)
 
     for turn in tl.range(count, num_stages=STAGES):
         first, stop, at_half, opens, closes = _part(steps, turn, length, C, FRAMED)
@@ -304,8 +250,7 @@ def walk_kernel(
         v_tile = tl.load(v + rows[:, None] * vt + v_cols[None, :], mask=v_mask, other=0.0)
 
         if FRAMED:
-            half_at = halves + at_half.to(tl.int64) * (HEADS * DK) + cols
-            half = tl.load(half_at, mask=cols < DK, other=0.0)
+            half = _half(halves, at_half, cols, HEADS, DK)
             state *= tl.exp2(tl.where(opens, half, 0.0))[None, :]
         high = state.to(OPERAND)
         read = tl.dot(plus_tile, tl.trans(high), input_precision=PRECISION)

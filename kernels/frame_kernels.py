@@ -76,40 +76,16 @@ def _decays(gate, rows, mask, columns, stride, DIM: tl.constexpr, D: tl.constexp
     return tl.maximum(decays, -STEEPEST) * LOG2E
 
 
-@triton.jit(do_not_specialize=["batches", "tokens", "chunks"])
+@triton.jit(do_not_specialize=["tokens", "chunks"])
 def enter_kernel(
-    q,
-    k,
-    gate,
-    q_out,
-    k_out,
-    plus_out,
-    halves,
-    levels,
-    table,
-    batches,
-    tokens,
-    chunks,
-    qb,
-    qt,
-    qh,
-    kb,
-    kt,
-    kh,
-    gb,
-    gt,
-    gh,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    D: tl.constexpr,
-    C: tl.constexpr,
-    HALVINGS: tl.constexpr,
-    PLUS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    BEFORE: tl.constexpr,
+    q, k, gate, q_out, k_out, plus_out,
+    halves, levels, table,
+    tokens, chunks,
+    qb, qt, qh, kb, kt, kh, gb, gt, gh,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
+    HALVINGS: tl.constexpr, PLUS: tl.constexpr, PAIRS: tl.constexpr, BEFORE: tl.constexpr,
     SPLIT: tl.constexpr,
-):
+):  # fmt: skip
     """q', k' [B, T, H, DIM], halves and levels of one chunk. `table`: `tables.cut_rows`.
 
     PLUS: k⁺ as well. PAIRS: they are [B, T, 2, H, DIM]; the second of two are written, or BEFORE,
@@ -166,20 +142,12 @@ def enter_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["batches", "pieces", "chunks"])
+@triton.jit(do_not_specialize=["pieces", "chunks"])
 def steps_kernel(
-    levels,
-    steps,
-    counts,
-    table,
-    batches,
-    pieces,
-    chunks,
-    HEADS: tl.constexpr,
-    C: tl.constexpr,
-    MOST: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    levels, steps, counts, table,
+    pieces, chunks,
+    HEADS: tl.constexpr, C: tl.constexpr, MOST: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """The frames of one piece, in order, or their parts. `table`: `tables.piece_rows`."""
     pid = tl.program_id(0)
     head = pid % HEADS
@@ -205,38 +173,15 @@ def steps_kernel(
     tl.store(counts + (batch * HEADS + head) * pieces + piece, before)
 
 
-@triton.jit(do_not_specialize=["batches", "tokens", "chunks", "blocks"])
+@triton.jit(do_not_specialize=["tokens", "chunks", "blocks"])
 def leave_kernel(
-    q,
-    k,
-    plus,
-    dq,
-    dk,
-    d_plus,
-    gate,
-    flows,
-    q_gradient,
-    k_gradient,
-    a_gradient,
-    b_gradient,
-    d_gate,
-    levels,
-    table,
-    batches,
-    tokens,
-    chunks,
-    blocks,
-    gb,
-    gt,
-    gh,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    D: tl.constexpr,
-    C: tl.constexpr,
-    PLUS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
+    q, k, plus, dq, dk, d_plus, gate, flows, q_gradient, k_gradient, a_gradient, b_gradient, d_gate,
+    levels, table,
+    tokens, chunks, blocks,
+    gb, gt, gh,
+    HEADS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, C: tl.constexpr, PLUS: tl.constexpr,
+    PAIRS: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
     """Gradients of q, k and the decays [B, T, H, DIM] in one block, from those of q' and k'.
 
     PLUS: and of k⁺. PAIRS: and of a and b, from q', k' and k⁺ of `enter_kernel`'s pairs.

@@ -10,6 +10,7 @@ from seqpar.kernels.frame_kernels import enter_kernel, leave_kernel, steps_kerne
 from seqpar.kernels.launch import Launch
 from seqpar.kernels.once import Once
 from seqpar.kernels.pieces import Pieces
+from seqpar.kernels.strides import named
 from seqpar.kernels.tuned import ceil_div, frame_warps, padded
 
 
@@ -72,7 +73,9 @@ def enter(
             return Launch(
                 enter_kernel,
                 chunks * heads * batch,
-                [batch, tokens, chunks, *x.stride()[:3], *y.stride()[:3], *gate.stride()[:3]],
+                tokens=tokens,
+                chunks=chunks,
+                **named(q=x, k=y, g=gate),
                 HEADS=heads,
                 GROUP=heads // x.shape[2],
                 DIM=dim,
@@ -98,7 +101,8 @@ def enter(
             return Launch(
                 steps_kernel,
                 len(rows) * heads * batch,
-                [batch, len(rows), chunks],
+                pieces=len(rows),
+                chunks=chunks,
                 HEADS=heads,
                 C=chunk,
                 MOST=most,
@@ -150,7 +154,10 @@ def leave(
         return Launch(
             leave_kernel,
             ceil_div(dim, columns) * len(blocks) * heads * batch,
-            [batch, tokens, frames.levels.shape[1], len(blocks), *gate.stride()[:3]],
+            tokens=tokens,
+            chunks=frames.levels.shape[1],
+            blocks=len(blocks),
+            **named(g=gate),
             HEADS=heads,
             DIM=dim,
             D=columns,

@@ -53,18 +53,9 @@ def _count(counter, own, count):
 
 @triton.jit
 def _send_product(
-    A,
-    B,
-    head,
-    col,
-    came,
-    goes,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    THROUGH: tl.constexpr,
-):
+    A, B, head, col, came, goes,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, THROUGH: tl.constexpr,
+):  # fmt: skip
     """Write A S + B to `goes`, for S [BK, BV] at `came` and A dense; or B alone."""
     SIDE: tl.constexpr = BK if BK < 64 else 64
     STEP: tl.constexpr = BK if BK < 32 else 32  # more would not fit in registers
@@ -89,32 +80,11 @@ def _send_product(
 
 @triton.jit(do_not_specialize=["tiles", "slot", "limit", "source", "target"])
 def handover_kernel(
-    A,
-    B,
-    entering,
-    inbox,
-    written,
-    received,
-    read_there,
-    outbox,
-    written_there,
-    sent,
-    read,
-    late,
-    tiles,
-    slot,
-    limit,
-    source,
-    target,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    KIND: tl.constexpr,
-    RECEIVES: tl.constexpr,
-    SENDS: tl.constexpr,
-    THROUGH: tl.constexpr,
-):
+    A, B, entering, inbox, written, received, read_there, outbox, written_there, sent, read, late,
+    tiles, slot, limit, source, target,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KIND: tl.constexpr,
+    RECEIVES: tl.constexpr, SENDS: tl.constexpr, THROUGH: tl.constexpr,
+):  # fmt: skip
     """One range of a rank: S comes in, A S + B goes out.
 
     A [ranges, H, ...], B and entering [ranges, H, K, V], of which this is range `slot`; H counts

@@ -9,11 +9,12 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from seqpar.kernels.hopper_kernels import run_hopper_kernel
+from seqpar.kernels.hopper_parts import C
 from seqpar.kernels.launch import Launch
 from seqpar.kernels.passes import Pass
 from seqpar.kernels.tuned import HOPPER_WIDTHS
 
-CHUNK = 64
+CHUNK: int = C.value
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 
 
@@ -27,30 +28,8 @@ def fits(*operands: Tensor) -> bool:
 def hopper_launch(p: Pass) -> Callable[..., None]:
     """The launch of one pass; takes x, y, z, other, out and the kernel's further tensors."""
     batch, _, heads, DZ = p.out.shape
-    launch = Launch(
-        run_hopper_kernel,
-        heads * batch * len(p.table),
-        [
-            *p.numbers,
-            *(x.stride(2) for x in (p.x, p.y, p.z, p.other)),
-            *p.gate.stride()[:3],
-            *p.state_strides,
-        ],
-        HEADS=heads,
-        **p.groups,
-        DY=p.y.shape[-1],
-        DZ=DZ,
-        C=CHUNK,
-        DECAY=p.decay,
-        REVERSE=p.reverse,
-        GATE=p.gated,
-        STRICT=p.strict,
-        SPLIT=p.split,
-        EXACT=p.exact,
-        SPAN=p.block,
-        STAGES=3,
-        num_warps=DZ // 16,
-    )
+    programs = heads * batch * len(p.table)
+    launch = Launch(run_hopper_kernel, programs, **p.values, num_warps=DZ // 16)
     tiled = tiles(p.x, p.y, p.z, p.other, p.out)
 
     def run(x: Tensor, y: Tensor, z: Tensor, other: Tensor, out: Tensor, *rest: Tensor) -> None:

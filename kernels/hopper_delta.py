@@ -5,7 +5,6 @@ rounded scores are the same in all of them.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +20,6 @@ from seqpar.kernels.launch import Launch, plan
 from seqpar.kernels.passes import Traces, traced
 from seqpar.kernels.pieces import Pieces
 from seqpar.kernels.walks import DeltaPrepared
-
-# a thread, of the warpgroups that walk; the one that brings their tiles needs few
-REGISTERS = 232
 
 
 class HopperDelta(DeltaPrepared):
@@ -48,19 +44,9 @@ class HopperDelta(DeltaPrepared):
         def make() -> Callable[..., None]:
             parts = (min(K, V) if summary else V) // 64
             blocks = (K + V if summary else V) // (64 * parts)
-            options = {"num_warps": 4} | ({"maxnreg": 168} if parts == 2 else {})
-            launch = Launch(
-                walk_hopper_kernel,
-                blocks * self._programs(table),
-                [*self._counts(entering), *(x.stride(2) for x in (self.minus, self.v)), *self._at],
-                **self._constants,
-                PARTS=parts,
-                SUMMARY=summary,
-                RESIDUAL=residual,
-                STAGES=3 if summary else 2,
-                REGISTERS=REGISTERS,
-                **options,
-            )
+            given = self._values(entering, v=self.v) | {"SUMMARY": summary, "RESIDUAL": residual}
+            given |= {"PARTS": parts, "num_warps": 4} | ({"maxnreg": 168} if parts == 2 else {})
+            launch = Launch(walk_hopper_kernel, blocks * self._programs(table), **given)
             of_k, of_v = tiles(W, self.minus), tiles(self.v, u, r, width=64)
             of_T = tiles(_rows(T))
 
@@ -92,16 +78,9 @@ class HopperDelta(DeltaPrepared):
         T = self.solved[0]
 
         def make() -> Callable[..., None]:
-            strides = (x.stride(2) for x in (self.q, self.plus, do))
-            launch = Launch(
-                walk_back_hopper_kernel,
-                self._programs(table),
-                [self.scale, *self._counts(leaving), *strides, *self._at],
-                **self._constants,
-                SUMMARY=summary,
-                STAGES=2,
-                num_warps=self.v.shape[3] // 16,
-            )
+            given = self._values(leaving, o=do)
+            given |= {"SUMMARY": summary, "num_warps": self.v.shape[3] // 16}
+            launch = Launch(walk_back_hopper_kernel, self._programs(table), **given)
             tiled = tiles(self.q, self.plus, self.minus, do, r, _rows(T), dx)
             return lambda *tensors: launch(*tiled(*tensors[:7]), *tensors[6:])
 
@@ -125,17 +104,9 @@ class HopperDelta(DeltaPrepared):
         saved, shares, flows = traced(traces, "dk", adjoints)
 
         def make() -> Callable[..., None]:
-            counts = *self._counts(adjoints), saved.shape[1], len(passes.blocks)
-            strides = (x.stride(2) for x in (do, self.q, self.plus))
-            launch = Launch(
-                keys_hopper_kernel,
-                self._programs(passes.table),
-                [self.scale, *counts, *strides, *self._at[3:]],
-                **self._constants,
-                SPAN=passes.block,
-                STAGES=2,
-                num_warps=self.minus.shape[3] // 16,
-            )
+            given = self._values(adjoints, o=do)
+            given |= {"saves": saved.shape[1], "num_warps": self.minus.shape[3] // 16}
+            launch = Launch(keys_hopper_kernel, self._programs(passes.table), **given)
             tiled = tiles(u, do, dx, self.q, self.plus, d_plus, dk)
             return lambda *tensors: launch(*tiled(*tensors[:7]), *tensors[6:])
 
@@ -154,11 +125,8 @@ class HopperDelta(DeltaPrepared):
         )
 
         def make() -> Callable[..., None]:
-            kept = {name: self._constants[name] for name in ("HEADS", "GROUP", "DK", "DECAY")}
-            numbers = [batch, tokens, len(table), self.minus.stride(2), *self._at]
-            launch = Launch(
-                solve_hopper_kernel, len(table) * heads * batch, numbers, **kept, num_warps=4
-            )
+            given = self._values(self.v) | {"chunks": len(table), "num_warps": 4}
+            launch = Launch(solve_hopper_kernel, len(table) * heads * batch, **given)
             tiled = tiles(self.plus, self.minus)
             return lambda *tensors: launch(*tiled(*tensors[:2]), *tensors[2:])
 
@@ -174,23 +142,6 @@ class HopperDelta(DeltaPrepared):
     @property
     def _key_lines(self) -> int:
         return self.minus.shape[3] // 16
-
-    @property
-    def _at(self) -> tuple[int, ...]:
-        """Strides of β and of the gate."""
-        return *self.beta.stride()[:3], *self.passes.gate.stride()[:3]
-
-    @property
-    def _constants(self) -> dict[str, Any]:
-        heads, decay = self.v.shape[2], self.passes.decay
-        return {
-            "HEADS": heads,
-            "GROUP": heads // self.q.shape[2],
-            "DK": self.minus.shape[3],
-            "DV": self.v.shape[3],
-            "C": CHUNK,
-            "DECAY": "frames" if decay == "diagonal" else decay,
-        }
 
 
 def scan_states(
@@ -218,7 +169,10 @@ def scan_states(
         launch = Launch(
             scan_hopper_kernel,
             len(table) * batch * heads * V // COLUMNS.value,
-            [batch, summaries, filled.shape[1], arriving.shape[1]],
+            batches=batch,
+            summaries=summaries,
+            slots=filled.shape[1],
+            ends=arriving.shape[1],
             HEADS=heads,
             DK=K,
             DV=V,

@@ -20,49 +20,30 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from seqpar.kernels.hopper_parts import (
+    FLAT,
+    C,
     barrier,
-    clear,
+    bring,
+    channels_layout,
+    clear_all,
     column,
     entry_of,
     exp2,
     frames_of,
+    half_of,
+    head_and_piece,
+    line_layout,
     low,
+    product_layout,
     rounded,
+    rows_layout,
+    score_layout,
+    tokens_of,
+    warps_layout,
     write_decays,
 )
 
-
-@gluon.jit
-def _load(
-    x,
-    y,
-    z,
-    w,
-    x_tiles,
-    y_tiles,
-    z_tiles,
-    w_tiles,
-    ready,
-    slot,
-    row,
-    xc,
-    yc,
-    zc,
-    wc,
-    SHARES: gl.constexpr,
-):
-    """Start copying one chunk's tiles into a slot of the ring."""
-    size: gl.constexpr = x.block_type.nbytes + y.block_type.nbytes + z.block_type.nbytes
-    if SHARES:
-        mbarrier.expect(ready.index(slot), size + w.block_type.nbytes)
-    else:
-        mbarrier.expect(ready.index(slot), size)
-    tma.async_copy_global_to_shared(x, [row, xc], ready.index(slot), x_tiles.index(slot))
-    tma.async_copy_global_to_shared(y, [row, yc], ready.index(slot), y_tiles.index(slot))
-    tma.async_copy_global_to_shared(z, [row, zc], ready.index(slot), z_tiles.index(slot))
-    if SHARES:
-        tma.async_copy_global_to_shared(w, [row, wc], ready.index(slot), w_tiles.index(slot))
-
+STAGES = gl.constexpr(3)  # tiles of so many chunks are on their way or at hand
 
 # Nothing is specialised by value: one compiled kernel a set of constants (see hopper.py).
 NUMBERS = ["scale", "batches", "tokens", "blocks", "slots", "saves", "chunks"]
@@ -73,92 +54,46 @@ POINTERS += ["halves", "steps", "counts", "table"]
 
 @gluon.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=POINTERS)
 def run_hopper_kernel(
-    x,
-    y,
-    z,
-    other,
-    out,
-    out_pointer,
-    gate,
-    entering,
-    saved,
-    shares,
-    flows,
-    halves,
-    steps,
-    counts,
-    table,
-    scale,
-    batches,
-    tokens,
-    blocks,
-    slots,
-    saves,
-    chunks,
-    xh,
-    yh,
-    zh,
-    wh,
-    gb,
-    gt,
-    gh,
-    state_row,
-    state_col,
-    HEADS: gl.constexpr,
-    X_GROUP: gl.constexpr,
-    Y_GROUP: gl.constexpr,
-    Z_GROUP: gl.constexpr,
-    W_GROUP: gl.constexpr,
-    DY: gl.constexpr,
-    DZ: gl.constexpr,
-    C: gl.constexpr,
-    DECAY: gl.constexpr,
-    REVERSE: gl.constexpr,
-    GATE: gl.constexpr,
-    STRICT: gl.constexpr,
-    SPLIT: gl.constexpr,
-    EXACT: gl.constexpr,
-    SPAN: gl.constexpr,
-    STAGES: gl.constexpr,
-    num_warps: gl.constexpr,
-):
+    x, y, z, other, out, out_pointer, gate, entering, saved, shares, flows,
+    halves, steps, counts, table,
+    scale, batches, tokens, blocks, slots, saves, chunks,
+    xh, yh, zh, wh, gb, gt, gh, state_row, state_col,
+    HEADS: gl.constexpr, X_GROUP: gl.constexpr, Y_GROUP: gl.constexpr, Z_GROUP: gl.constexpr,
+    W_GROUP: gl.constexpr, DY: gl.constexpr, DZ: gl.constexpr, DECAY: gl.constexpr,
+    REVERSE: gl.constexpr, GATE: gl.constexpr, STRICT: gl.constexpr, SPLIT: gl.constexpr,
+    EXACT: gl.constexpr, SPAN: gl.constexpr,
+):  # fmt: skip
     """x, y [B*T, columns], heads `xh`, `yh` columns apart, in tiles [C, DY]; z, out likewise.
     STRICT: leave j = i out, forwards, for any scale, and save nothing. SPLIT: take the state in two
     parts; EXACT: what goes into it with scalar decay."""
     dtype: gl.constexpr = x.dtype
     FRAMED: gl.constexpr = DECAY == "key" or DECAY == "value"
+    SCALAR: gl.constexpr = DECAY == "scalar"
     SHARES: gl.constexpr = GATE and not FRAMED
-    pid = gl.program_id(0)
-    head = pid % HEADS
-    batch = pid // HEADS % batches
-    piece = pid // HEADS // batches
-    start = gl.load(table + 8 * piece)
-    length = gl.load(table + 8 * piece + 1)
-    if REVERSE:
-        slot = gl.load(table + 8 * piece + 3)
-    else:
-        slot = gl.load(table + 8 * piece + 2)
+    head, batch, piece = head_and_piece(batches, HEADS)
+    line = table + 8 * piece
+    start = gl.load(line)
+    length = gl.load(line + 1)
+    slot = gl.load(line + (3 if REVERSE else 2))
     count = (length + C - 1) // C
     if FRAMED:
-        first_chunk = gl.load(table + 8 * piece + 7).to(gl.int64)
+        first_chunk = gl.load(line + 7).to(gl.int64)
         pieces = gl.num_programs(0) // HEADS // batches
         DECAYED: gl.constexpr = DY if DECAY == "key" else DZ
         lists = steps, counts, halves
         place_of = batch, head, piece, pieces, first_chunk, chunks
-        count, steps, halves = frames_of(*lists, *place_of, HEADS, DECAYED, C)
+        count, steps, halves = frames_of(*lists, *place_of, HEADS, DECAYED)
 
     # [DZ, DY], [DZ, C], [C, C]: each warpgroup has 64 rows of the first two, half the columns of
     # the last
-    STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, DY, 16])
-    MIXED: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, C, 16])
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [4, num_warps // 4], [16, C // (num_warps // 4), 16]
-    )
-    STATE_OPERAND: gl.constexpr = gl.DotOperandLayout(0, MIXED, 2)
-    ADDED_OPERAND: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
-    LINE: gl.constexpr = gl.BlockedLayout([C // 32], [32], [num_warps], [0])
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    num_warps: gl.constexpr = gl.num_warps()
+    STATE: gl.constexpr = product_layout(DY, num_warps)
+    MIXED: gl.constexpr = product_layout(C, num_warps)
+    SCORES: gl.constexpr = score_layout(num_warps)
+    READING: gl.constexpr = gl.DotOperandLayout(0, MIXED, 2)
+    WRITING: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
+    LINE: gl.constexpr = line_layout(num_warps)
+    ROWS: gl.constexpr = rows_layout(num_warps)
 
     x_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, DY], x.layout)
     y_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, DY], y.layout)
@@ -166,20 +101,20 @@ def run_hopper_kernel(
     if SHARES:
         w_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, DZ], other.layout)
     else:
-        w_tiles = z_tiles
-    if not SHARES:
         out_tiles = gl.allocate_shared_memory(out.dtype, [1, C, DZ], out.layout)
-    score_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], dtype)
-    score_tile = gl.allocate_shared_memory(dtype, [C, C], score_layout)
+    score_tile = gl.allocate_shared_memory(
+        dtype, [C, C], gl.NVMMASharedLayout.get_default_for([C, C], dtype)
+    )
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    if DECAY == "scalar":
+    if SCALAR:
         lines = gl.allocate_shared_memory(gl.float32, [8, C], FLAT)
     elif FRAMED:
         lines = gl.allocate_shared_memory(gl.float32, [2, DECAYED], FLAT)
-        CHANNELS: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
-        halves += gl.arange(0, DECAYED, CHANNELS)
+        halves += gl.arange(0, DECAYED, channels_layout(num_warps))
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
+    fence_async_shared()
+    barrier()
 
     z_index = gl.arange(0, DZ, gl.SliceLayout(1, STATE))
     y_index = gl.arange(0, DY, gl.SliceLayout(0, STATE))
@@ -201,46 +136,34 @@ def run_hopper_kernel(
             flows += ((batch.to(gl.int64) * blocks + first_block) * HEADS + head) * DZ
     if SHARES:
         # a line of its own for each warp, for sums within a warp need no barrier
-        WARPS: gl.constexpr = gl.BlockedLayout([1, C // 32], [1, 32], [num_warps, 1], [1, 0])
+        WARPS: gl.constexpr = warps_layout(num_warps)
         warp = gl.arange(0, num_warps, gl.SliceLayout(1, WARPS))
         line_of_head = (batch.to(gl.int64) * HEADS + head) * num_warps
         shares += line_of_head * tokens + start
         flows += line_of_head * blocks + first_block
 
     # one chunk after the other in the direction of the run; three are on their way
-    gl.static_assert(STAGES == 3)
-    entry = entry_of(steps, 0, count, C, FRAMED, REVERSE)
-    coming_entry = entry_of(steps, 1, count, C, FRAMED, REVERSE)
-    loaded_entry = entry_of(steps, 2, count, C, FRAMED, REVERSE)
-    wanted_entry = entry_of(steps, 3, count, C, FRAMED, REVERSE)
+    entry = entry_of(steps, 0, count, FRAMED, REVERSE)
+    coming_entry = entry_of(steps, 1, count, FRAMED, REVERSE)
+    loaded_entry = entry_of(steps, 2, count, FRAMED, REVERSE)
+    wanted_entry = entry_of(steps, 3, count, FRAMED, REVERSE)
     origin = batch * tokens + start
-    xc = head // X_GROUP * xh
-    yc = head // Y_GROUP * yh
-    zc = head // Z_GROUP * zh
-    wc = head // W_GROUP * wh
+    sources = x, y, z
+    tiles = x_tiles, y_tiles, z_tiles
+    columns = head // X_GROUP * xh, head // Y_GROUP * yh, head // Z_GROUP * zh
+    if SHARES:
+        sources = sources + (other,)
+        tiles = tiles + (w_tiles,)
+        columns = columns + (head // W_GROUP * wh,)
+    Z_BYTES: gl.constexpr = z.block_type.nbytes * (2 if SHARES else 1)
+    BYTES: gl.constexpr = x.block_type.nbytes + y.block_type.nbytes + Z_BYTES
     gate += batch.to(gl.int64) * gb + head * gh + start.to(gl.int64) * gt
     out_pointer += (origin.to(gl.int64) * HEADS + head) * DZ
     for i in gl.static_range(STAGES):
         if i < count:
-            row = origin + entry_of(steps, i, count, C, FRAMED, REVERSE) // 4 * 8
-            _load(
-                x,
-                y,
-                z,
-                other,
-                x_tiles,
-                y_tiles,
-                z_tiles,
-                w_tiles,
-                ready,
-                i,
-                row,
-                xc,
-                yc,
-                zc,
-                wc,
-                SHARES,
-            )
+            at = origin + entry_of(steps, i, count, FRAMED, REVERSE) // 4 * 8
+            mbarrier.expect(ready.index(i), BYTES)
+            bring(sources, columns, tiles, at, i, ready)
 
     j_index = gl.arange(0, C, gl.SliceLayout(1, SCORES))
     i_index = gl.arange(0, C, gl.SliceLayout(0, SCORES))
@@ -253,30 +176,25 @@ def run_hopper_kernel(
     no_scores = gl.zeros([C, C], gl.float32, SCORES)
     no_mixed = gl.zeros([DZ, C], gl.float32, MIXED)
 
-    first = entry // 4 * 8
-    size = gl.minimum(C >> entry % 4, length - first)
+    first, size = tokens_of(entry, length)
     log_scale = gl.log2(scale)
     if STRICT:
         log_scale = 0.0
     decayed = 1.0
-    if DECAY == "scalar":
+    if SCALAR:
         step_rows = C
         if REVERSE:
             step_rows = -C
-        decays = column(gate, first, length, gt, C, LINE)
+        decays = column(gate, first, length, gt, LINE)
         decayed = write_decays(lines, 0, decays, log_scale, REVERSE)
-        decays = column(gate, first + step_rows, length, gt, C, LINE)
+        decays = column(gate, first + step_rows, length, gt, LINE)
     elif FRAMED:
-        half = gl.load(halves + (entry // 4).to(gl.int64) * (HEADS * DECAYED))
+        half = half_of(halves, entry, HEADS * DECAYED)
         lines.index(0).store(exp2(half))
-        coming_half = gl.load(halves + (coming_entry // 4).to(gl.int64) * (HEADS * DECAYED))
+        coming_half = half_of(halves, coming_entry, HEADS * DECAYED)
     mbarrier.wait(ready.index(0), 0)
     if size < C:
-        clear(y_tiles.index(0), size, ROWS)
-        clear(z_tiles.index(0), size, ROWS)
-        if SHARES:
-            clear(w_tiles.index(0), size, ROWS)
-        fence_async_shared()
+        clear_all(tiles[1:], 0, size, ROWS)
     barrier()
     scores = warpgroup_mma(
         y_tiles.index(0), x_tiles.index(0).permute((1, 0)), no_scores, use_acc=False, is_async=True
@@ -286,20 +204,18 @@ def run_hopper_kernel(
     for step in range(count):
         ring = step % STAGES
         even = step % 2
-        here = entry // 4 * 8
-        size = gl.minimum(C >> entry % 4, length - here)
-        following = coming_entry // 4 * 8
-        following_size = gl.minimum(C >> coming_entry % 4, length - following)
+        here, size = tokens_of(entry, length)
+        _, following_size = tokens_of(coming_entry, length)
         block = here // SPAN
         ends = ((here + size) % SPAN == 0) | (here + size == length)
         x_tile = x_tiles.index(ring)
         y_tile = y_tiles.index(ring)
         z_tile = z_tiles.index(ring)
-        if DECAY == "scalar":  # asked for two chunks ahead
-            following_decays = column(gate, here + 2 * step_rows, length, gt, C, LINE)
+        if SCALAR:  # asked for two chunks ahead
+            following_decays = column(gate, here + 2 * step_rows, length, gt, LINE)
         elif FRAMED:
-            following_half = gl.load(halves + (loaded_entry // 4).to(gl.int64) * (HEADS * DECAYED))
-        later_entry = entry_of(steps, step + 4, count, C, FRAMED, REVERSE)
+            following_half = half_of(halves, loaded_entry, HEADS * DECAYED)
+        later_entry = entry_of(steps, step + 4, count, FRAMED, REVERSE)
 
         if GATE and REVERSE:
             if ends:
@@ -324,13 +240,13 @@ def run_hopper_kernel(
         elif DECAY == "value":
             state = state * lines.index(even).load(gl.SliceLayout(1, STATE))[:, None]
         high = rounded(state)
-        read = gl.convert_layout(high, STATE_OPERAND)
+        read = gl.convert_layout(high, READING)
         mixed = warpgroup_mma(read, x_tile.permute((1, 0)), no_mixed, use_acc=False, is_async=True)
         if SPLIT:
-            read_low = gl.convert_layout(low(state, high), STATE_OPERAND)
+            read_low = gl.convert_layout(low(state, high), READING)
             mixed = warpgroup_mma(read_low, x_tile.permute((1, 0)), mixed, is_async=True)
         # the chunk's own scores, decayed, while that runs
-        if DECAY == "scalar":
+        if SCALAR:
             sum_j = lines.index(4 * even).load(gl.SliceLayout(1, SCORES))
             sum_i = lines.index(4 * even).load(gl.SliceLayout(0, SCORES)) + log_scale
             scores = scores * exp2(sum_i[None, :] - sum_j[:, None])
@@ -342,34 +258,18 @@ def run_hopper_kernel(
         # all are done with the chunk before: its slot of the ring is free
         if step > 0:
             if step - 1 + STAGES < count:
-                row = origin + loaded_entry // 4 * 8
+                at = origin + loaded_entry // 4 * 8
                 freed = (step - 1) % STAGES
-                _load(
-                    x,
-                    y,
-                    z,
-                    other,
-                    x_tiles,
-                    y_tiles,
-                    z_tiles,
-                    w_tiles,
-                    ready,
-                    freed,
-                    row,
-                    xc,
-                    yc,
-                    zc,
-                    wc,
-                    SHARES,
-                )
+                mbarrier.expect(ready.index(freed), BYTES)
+                bring(sources, columns, tiles, at, freed, ready)
 
         mixed = warpgroup_mma_wait(0, deps=[mixed])
-        if DECAY == "scalar":
+        if SCALAR:
             mixed = mixed * lines.index(4 * even + 1).load(gl.SliceLayout(0, MIXED))[None, :]
         mixed = warpgroup_mma(z_tile.permute((1, 0)), score_tile, mixed, is_async=True)
-        if DECAY == "scalar":
-            reach = lines.index(4 * even + 2).load(gl.SliceLayout(0, ADDED_OPERAND))
-            added = z_tile.permute((1, 0)).load(ADDED_OPERAND).to(gl.float32) * reach[None, :]
+        if SCALAR:
+            reach = lines.index(4 * even + 2).load(gl.SliceLayout(0, WRITING))
+            added = z_tile.permute((1, 0)).load(WRITING).to(gl.float32) * reach[None, :]
             high = rounded(added)
             state = warpgroup_mma(high, y_tile, state * decayed, is_async=True)
             if EXACT:
@@ -380,7 +280,7 @@ def run_hopper_kernel(
         # the scores of the next chunk
         if step + 1 < count:
             coming = (step + 1) % STAGES
-            if DECAY == "scalar":
+            if SCALAR:
                 decayed = write_decays(lines, 4 - 4 * even, decays, log_scale, REVERSE)
                 decays = following_decays
             elif FRAMED:
@@ -388,11 +288,7 @@ def run_hopper_kernel(
                 coming_half = following_half
             mbarrier.wait(ready.index(coming), (step + 1) // STAGES & 1)
             if following_size < C:
-                clear(y_tiles.index(coming), following_size, ROWS)
-                clear(z_tiles.index(coming), following_size, ROWS)
-                if SHARES:
-                    clear(w_tiles.index(coming), following_size, ROWS)
-                fence_async_shared()
+                clear_all(tiles[1:], coming, following_size, ROWS)
                 barrier()
         coming = (step + 1) % STAGES
         scores = warpgroup_mma(
@@ -402,8 +298,8 @@ def run_hopper_kernel(
             use_acc=False,
             is_async=True,
         )
-        mixed = warpgroup_mma_wait(3 if DECAY == "scalar" and EXACT else 2, deps=[mixed])
-        if DECAY != "scalar" or STRICT:
+        mixed = warpgroup_mma_wait(3 if SCALAR and EXACT else 2, deps=[mixed])
+        if not SCALAR or STRICT:
             mixed = mixed * scale
 
         if SHARES:

@@ -17,17 +17,31 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from seqpar.kernels.hopper_parts import (
+    FLAT,
+    C,
     barrier,
     bring,
-    clear,
+    channels_layout,
+    clear_all,
     column,
     entry_of,
     exp2,
     frames_of,
+    half_of,
+    head_and_piece,
+    line_layout,
     low,
+    product_layout,
     rounded,
+    rows_layout,
+    score_layout,
+    store_shares,
+    tokens_of,
+    warps_layout,
     write_decays,
 )
+
+STAGES = gl.constexpr(2)  # tiles of so many steps are on their way or at hand
 
 NUMBERS = ["scale", "batches", "tokens", "pieces", "chunks", "slots", "saves", "blocks"]
 NUMBERS += ["oh", "qh", "kh", "gb", "gt", "gh"]
@@ -37,47 +51,13 @@ POINTERS += ["halves", "steps", "counts", "table"]
 
 @gluon.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=POINTERS)
 def keys_hopper_kernel(
-    u,
-    do,
-    dx,
-    q,
-    plus,
-    d_plus,
-    out,
-    out_pointer,
-    gate,
-    leaving,
-    saved,
-    shares,
-    flows,
-    halves,
-    steps,
-    counts,
-    table,
-    scale,
-    batches,
-    tokens,
-    pieces,
-    chunks,
-    slots,
-    saves,
-    blocks,
-    oh,
-    qh,
-    kh,
-    gb,
-    gt,
-    gh,
-    HEADS: gl.constexpr,
-    GROUP: gl.constexpr,
-    DK: gl.constexpr,
-    DV: gl.constexpr,
-    C: gl.constexpr,
-    SPAN: gl.constexpr,
-    DECAY: gl.constexpr,
-    STAGES: gl.constexpr,
-    num_warps: gl.constexpr,
-):
+    u, do, dx, q, plus, d_plus, out, out_pointer, gate, leaving, saved, shares, flows,
+    halves, steps, counts, table,
+    scale, batches, tokens, pieces, chunks, slots, saves, blocks,
+    oh, qh, kh, gb, gt, gh,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr,
+    SPAN: gl.constexpr, DECAY: gl.constexpr,
+):  # fmt: skip
     """dK⁻ of one piece [B, T, H, DK]; but for frames dK⁺, `d_plus`, is added to it.
 
     u, do, dx in tiles [C, DV]; q, plus, d_plus, out in tiles [C, DK]; out may be d_plus. With
@@ -89,10 +69,7 @@ def keys_hopper_kernel(
     SCALAR: gl.constexpr = DECAY == "scalar"
     SPLIT: gl.constexpr = DECAY != "none"
     SIZE: gl.constexpr = DK * DV
-    pid = gl.program_id(0)
-    head = pid % HEADS
-    batch = pid // HEADS % batches
-    piece = pid // HEADS // batches
+    head, batch, piece = head_and_piece(batches, HEADS)
     of_head = batch.to(gl.int64) * HEADS + head
     row = table + 8 * piece
     start = gl.load(row)
@@ -103,29 +80,27 @@ def keys_hopper_kernel(
         first_chunk = gl.load(row + 7).to(gl.int64)
         lists = steps, counts, halves
         place_of = batch, head, piece, pieces, first_chunk, chunks
-        count, steps, halves = frames_of(*lists, *place_of, HEADS, DK, C)
+        count, steps, halves = frames_of(*lists, *place_of, HEADS, DK)
 
     # [DK, DV], [DK, C], [C, C]
-    STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, DV, 16])
-    MIXED: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, C, 16])
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [4, num_warps // 4], [16, C // (num_warps // 4), 16]
-    )
+    num_warps: gl.constexpr = gl.num_warps()
+    STATE: gl.constexpr = product_layout(DV, num_warps)
+    MIXED: gl.constexpr = product_layout(C, num_warps)
+    SCORES: gl.constexpr = score_layout(num_warps)
     READING: gl.constexpr = gl.DotOperandLayout(0, MIXED, 2)
     WRITING: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
-    LINE: gl.constexpr = gl.BlockedLayout([C // 32], [32], [num_warps], [0])
-    CHANNELS: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
-    WARPS: gl.constexpr = gl.BlockedLayout([1, C // 32], [1, 32], [num_warps, 1], [1, 0])
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    LINE: gl.constexpr = line_layout(num_warps)
+    ROWS: gl.constexpr = rows_layout(num_warps)
+    WARPS: gl.constexpr = warps_layout(num_warps)
 
     u_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, DV], u.layout)
     do_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, DV], do.layout)
     dx_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, DV], dx.layout)
     q_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, DK], q.layout)
     plus_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, DK], plus.layout)
-    score_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], dtype)
-    score_tiles = gl.allocate_shared_memory(dtype, [2, C, C], score_layout)
+    score_tiles = gl.allocate_shared_memory(
+        dtype, [2, C, C], gl.NVMMASharedLayout.get_default_for([C, C], dtype)
+    )
     out_tile = q_tiles.index(0)
     if not FRAMED:  # d_plus comes in and the sum goes out; fp32 goes out of the registers
         out_tile = gl.allocate_shared_memory(dtype, [C, DK], out.layout)
@@ -134,7 +109,7 @@ def keys_hopper_kernel(
         lines = gl.allocate_shared_memory(gl.float32, [6, C], FLAT)
     elif FRAMED:
         lines = gl.allocate_shared_memory(gl.float32, [2, DK], FLAT)
-        halves += gl.arange(0, DK, CHANNELS)
+        halves += gl.arange(0, DK, channels_layout(num_warps))
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     came = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(came, count=1)
@@ -175,22 +150,21 @@ def keys_hopper_kernel(
     sources = (u, do, dx, q, plus)
     columns = (uc, oc, uc, qc, kc)
     tiles = (u_tiles, do_tiles, dx_tiles, q_tiles, plus_tiles)
-    gl.static_assert(STAGES == 2)
     for i in gl.static_range(STAGES):
         if i < count:
-            at = origin + entry_of(steps, i, count, C, FRAMED, True) // 4 * 8
+            at = origin + entry_of(steps, i, count, FRAMED, True) // 4 * 8
             mbarrier.expect(ready.index(i), BYTES)
             bring(sources, columns, tiles, at, i, ready)
 
-    entry = entry_of(steps, 0, count, C, FRAMED, True)
-    coming = entry_of(steps, 1, count, C, FRAMED, True)
+    entry = entry_of(steps, 0, count, FRAMED, True)
+    coming = entry_of(steps, 1, count, FRAMED, True)
     here = entry // 4 * 8
     whole = 1.0
     if SCALAR:
         stop = gl.minimum(here + C, length)
-        whole = write_decays(lines, 0, column(gate, here, stop, gt, C, LINE), 0.0, False)
+        whole = write_decays(lines, 0, column(gate, here, stop, gt, LINE), 0.0, False)
     if FRAMED:
-        lines.index(0).store(exp2(gl.load(halves + (entry // 4).to(gl.int64) * (HEADS * DK))))
+        lines.index(0).store(exp2(half_of(halves, entry, HEADS * DK)))
     barrier()
 
     i_index = gl.arange(0, C, gl.SliceLayout(1, SCORES))
@@ -202,21 +176,20 @@ def keys_hopper_kernel(
     for step in range(count):
         ring = step % STAGES
         even = step % 2
-        here = entry // 4 * 8
-        size = gl.minimum(C >> entry % 4, length - here)
+        here, size = tokens_of(entry, length)
         u_tile = u_tiles.index(ring)
         do_tile = do_tiles.index(ring)
         dx_tile = dx_tiles.index(ring)
         q_tile = q_tiles.index(ring)
         plus_tile = plus_tiles.index(ring)
         # asked for now, wanted at the end
-        wanted = entry_of(steps, step + STAGES, count, C, FRAMED, True)
+        wanted = entry_of(steps, step + STAGES, count, FRAMED, True)
         following = coming // 4 * 8
         if SCALAR:
             following_stop = gl.minimum(following + C, length)
-            coming_decays = column(gate, following, following_stop, gt, C, LINE)
+            coming_decays = column(gate, following, following_stop, gt, LINE)
         if FRAMED:
-            coming_half = gl.load(halves + (coming // 4).to(gl.int64) * (HEADS * DK))
+            coming_half = half_of(halves, coming, HEADS * DK)
 
         if SPLIT:
             block = here // SPAN
@@ -243,9 +216,7 @@ def keys_hopper_kernel(
         high = gl.convert_layout(rounded(state), READING)
         mbarrier.wait(ready.index(ring), step // STAGES & 1)
         if size < C:
-            clear(do_tile, size, ROWS)
-            clear(dx_tile, size, ROWS)
-            fence_async_shared()
+            clear_all((do_tiles, dx_tiles), ring, size, ROWS)
             barrier()
         of_o = warpgroup_mma(
             do_tile, u_tile.permute((1, 0)), no_scores, use_acc=False, is_async=True
@@ -318,11 +289,7 @@ def keys_hopper_kernel(
         inside = (at_i < size)[None, :] & (at_z >= 0)[:, None]
         if SCALAR:
             key = plus_tile.permute((1, 0)).load(MIXED).to(gl.float32)
-            share = gl.sum(gl.reshape(mixed * key, [num_warps, 16, C]), 1)
-            token = here + gl.arange(0, C, gl.SliceLayout(0, WARPS))
-            share_at = shares + warp[:, None] * tokens + token[None, :]
-            known = (token < here + size)[None, :] & (warp >= 0)[:, None]
-            gl.store(share_at, -gl.convert_layout(share, WARPS), mask=known)
+            store_shares(shares, mixed * key, here, size, tokens, warp, NEGATIVE=True)
         if FRAMED:
             gl.store(out_pointer + at, -mixed, mask=inside)
         else:

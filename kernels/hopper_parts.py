@@ -3,9 +3,49 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name until Triton 3.6
+
+C = gl.constexpr(64)  # tokens a step at most
+FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))  # of lines in shared memory
+
+
+@gluon.constexpr_function
+def product_layout(columns, warps):
+    """The layout of a product whose rows are spread over the warps, 16 each."""
+    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, columns, 16])
+
+
+@gluon.constexpr_function
+def score_layout(warps):
+    """Of scores [C, C]: each warpgroup has some of the columns."""
+    columns = C.value // (warps // 4)
+    return gl.NVMMADistributedLayout([3, 0], [4, warps // 4], [16, columns, 16])
+
+
+@gluon.constexpr_function
+def line_layout(warps):
+    """Of one number a token [C], which each warp has."""
+    return gl.BlockedLayout([C.value // 32], [32], [warps], [0])
+
+
+@gluon.constexpr_function
+def warps_layout(warps):
+    """Of one number a token and warp [warps, C]."""
+    return gl.BlockedLayout([1, C.value // 32], [1, 32], [warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def channels_layout(warps):
+    """Of one number a channel."""
+    return gl.BlockedLayout([1], [32], [warps], [0])
+
+
+@gluon.constexpr_function
+def rows_layout(warps):
+    """Of a tile in which a thread has eight channels of a token."""
+    return gl.BlockedLayout([1, 8], [4, 8], [warps, 1], [1, 0])
 
 
 @gluon.jit
@@ -53,7 +93,37 @@ def product(a, b, more):
 
 
 @gluon.jit
-def entry_of(steps, step, count, C: gl.constexpr, FRAMED: gl.constexpr, REVERSE: gl.constexpr):
+def head_and_piece(batches, HEADS: gl.constexpr):
+    """The head, the batch and the piece of a program that has all of a head."""
+    pid = gl.program_id(0)
+    return pid % HEADS, pid // HEADS % batches, pid // HEADS // batches
+
+
+@gluon.jit
+def row_of(table, place, SUMMARY: gl.constexpr):
+    """A row of `tables.piece_rows` or `tables.summary_rows`; the chunks before it; its piece."""
+    if SUMMARY:
+        row = table + 4 * place
+        return row, gl.load(row + 2).to(gl.int64), gl.load(row + 3)
+    row = table + 8 * place
+    return row, gl.load(row + 7).to(gl.int64), place
+
+
+@gluon.jit
+def frames_of(
+    steps, counts, halves, batch, head, piece, pieces, first_chunk, chunks,
+    HEADS: gl.constexpr, WIDTH: gl.constexpr,
+):  # fmt: skip
+    """How many frames a piece has of one head, its steps, and its half decays of WIDTH channels."""
+    of_head = batch.to(gl.int64) * HEADS + head
+    count = gl.load(counts + of_head * pieces + piece)
+    steps += (of_head * chunks + first_chunk) * (C // 8)
+    halves += ((batch.to(gl.int64) * chunks + first_chunk) * (C // 8) * HEADS + head) * WIDTH
+    return count, steps, halves
+
+
+@gluon.jit
+def entry_of(steps, step, count, FRAMED: gl.constexpr, REVERSE: gl.constexpr):
     """The chunk of a step, or its frame: (first token / 8) * 4 + level; any beyond the last."""
     turn = step
     if REVERSE:
@@ -64,7 +134,20 @@ def entry_of(steps, step, count, C: gl.constexpr, FRAMED: gl.constexpr, REVERSE:
 
 
 @gluon.jit
-def column(x, first, stop, stride, C: gl.constexpr, layout: gl.constexpr):
+def tokens_of(entry, length):
+    """The first token of a chunk or frame, and how many tokens it has."""
+    here = entry // 4 * 8
+    return here, gl.minimum(C >> entry % 4, length - here)
+
+
+@gluon.jit
+def half_of(halves, entry, STRIDE: gl.constexpr):
+    """The half decays of a frame, log2, of the channels that `halves` points to."""
+    return gl.load(halves + (entry // 4).to(gl.int64) * STRIDE)
+
+
+@gluon.jit
+def column(x, first, stop, stride, layout: gl.constexpr):
     """One number a token [C], in fp32; zeros from `stop` on, and before the piece."""
     row = first + gl.arange(0, C, layout)
     inside = (row >= 0) & (row < stop)
@@ -98,26 +181,28 @@ def clear(tile, length, layout: gl.constexpr):
 
 
 @gluon.jit
-def frames_of(
-    steps,
-    counts,
-    halves,
-    batch,
-    head,
-    piece,
-    pieces,
-    first_chunk,
-    chunks,
-    HEADS: gl.constexpr,
-    WIDTH: gl.constexpr,
-    C: gl.constexpr,
-):
-    """How many frames a piece has of one head, its steps, and its half decays of WIDTH channels."""
-    of_head = batch.to(gl.int64) * HEADS + head
-    count = gl.load(counts + of_head * pieces + piece)
-    steps += (of_head * chunks + first_chunk) * (C // 8)
-    halves += ((batch.to(gl.int64) * chunks + first_chunk) * (C // 8) * HEADS + head) * WIDTH
-    return count, steps, halves
+def clear_all(tiles, slot, length, layout: gl.constexpr):
+    """The same in a slot of several rings, for products that follow."""
+    for i in gl.static_range(len(tiles)):
+        clear(tiles[i].index(slot), length, layout)
+    fence_async_shared()
+
+
+@gluon.jit
+def store_shares(shares, terms, first, size, tokens, warp, NEGATIVE: gl.constexpr = False):
+    """Sums of terms [D, C] within each warp's 16 rows, or their NEGATIVE, for `size` tokens.
+
+    shares: a line of `tokens` for each `warp`, which is in `warps_layout`.
+    """
+    WARPS: gl.constexpr = warps_layout(gl.num_warps())
+    share = gl.sum(gl.reshape(terms, [gl.num_warps(), 16, C]), 1)
+    token = first + gl.arange(0, C, gl.SliceLayout(0, WARPS))
+    at = shares + warp[:, None] * tokens + token[None, :]
+    known = (token < first + size)[None, :] & (warp >= 0)[:, None]
+    share = gl.convert_layout(share, WARPS)
+    if NEGATIVE:
+        share = -share
+    gl.store(at, share, mask=known)
 
 
 @gluon.jit

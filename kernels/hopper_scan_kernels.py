@@ -12,31 +12,17 @@ STAGES = gl.constexpr(2)
 
 @gluon.jit(do_not_specialize=["batches", "summaries", "slots", "ends"])
 def scan_hopper_kernel(
-    A,
-    B,
-    arriving,
-    states,
-    leaving,
-    table,
-    batches,
-    summaries,
-    slots,
-    ends,
-    HEADS: gl.constexpr,
-    DK: gl.constexpr,
-    DV: gl.constexpr,
-    STEP: gl.constexpr,
-    STORE: gl.constexpr,
-    TRANSPOSED: gl.constexpr,
-    num_warps: gl.constexpr,
-):
+    A, B, arriving, states, leaving, table, batches, summaries, slots, ends,
+    HEADS: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, STEP: gl.constexpr,
+    STORE: gl.constexpr, TRANSPOSED: gl.constexpr,
+):  # fmt: skip
     """`scan_kernel` (state_kernels.py) where A is any matrix, by its transpose if TRANSPOSED.
 
     A [B * summaries * H * DK, DK] in tiles [DK, DK]. The next A is on its way during each product.
     """
     SIZE: gl.constexpr = DK * DV
     PART: gl.constexpr = 32
-    STATE: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [num_warps, 1], [16, 8])
+    STATE: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [gl.num_warps(), 1], [16, 8])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, STATE, 1)
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, STATE, 1)
     ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])

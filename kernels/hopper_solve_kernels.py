@@ -21,12 +21,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from seqpar.kernels.hopper_parts import (
+    FLAT,
+    C,
     barrier,
     clear,
     column,
     exp2,
+    line_layout,
     product,
+    product_layout,
     rounded,
+    rows_layout,
+    score_layout,
     write_decays,
 )
 
@@ -48,10 +54,9 @@ BLOCKS = gl.constexpr(  # [4, 16, 64]
         + [[0, 1, 4], [0, 2, 8], [0, 4, 0], [0, 8, 0], [1, 0, 0], [2, 0, 0]]
     )
 )
-FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 ROWS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
-NUMBERS = ["batches", "tokens", "chunks", "kh", "bb", "bt", "bh", "gb", "gt", "gh"]
+NUMBERS = ["tokens", "chunks", "kh", "bb", "bt", "bh", "gb", "gt", "gh"]
 POINTERS = ["beta", "gate", "levels", "table"]
 
 
@@ -71,36 +76,16 @@ def _joined(upper, lower, between, beta, start: gl.constexpr):
 
 @gluon.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=POINTERS)
 def solve_hopper_kernel(
-    plus,
-    minus,
-    beta,
-    gate,
-    solved,
-    w,
-    levels,
-    table,
-    batches,
-    tokens,
-    chunks,
-    kh,
-    bb,
-    bt,
-    bh,
-    gb,
-    gt,
-    gh,
-    HEADS: gl.constexpr,
-    GROUP: gl.constexpr,
-    DK: gl.constexpr,
-    DECAY: gl.constexpr,
-):
+    plus, minus, beta, gate, solved, w, levels, table,
+    tokens, chunks, kh, bb, bt, bh, gb, gt, gh,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, DK: gl.constexpr, DECAY: gl.constexpr,
+):  # fmt: skip
     """solved [B, H, T, 64]: T of each step; w [B, T, H, DK].
 
     plus, minus in tiles [64, DK]; beta [B, T, H]. `table`: `tables.cut_rows` of chunks of 64
     tokens. Rows of T are those of tokens, columns are counted from the first token of the token's
     frame, with zeros beyond it.
     """
-    C: gl.constexpr = 64
     FRAMED: gl.constexpr = DECAY == "frames"
     SCALAR: gl.constexpr = DECAY == "scalar"
     dtype: gl.constexpr = plus.dtype
@@ -111,11 +96,11 @@ def solve_hopper_kernel(
     start = gl.load(table + 3 * chunk)
     length = gl.load(table + 3 * chunk + 1)
 
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
-    KEYS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK, 16])
+    SCORES: gl.constexpr = score_layout(4)
+    KEYS: gl.constexpr = product_layout(DK, 4)
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, KEYS, 2)
-    LINE: gl.constexpr = gl.BlockedLayout([C // 32], [32], [4], [0])
-    VECTORS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    LINE: gl.constexpr = line_layout(4)
+    VECTORS: gl.constexpr = rows_layout(4)
     # a thread has a column of a warp's block
     STANDING: gl.constexpr = gl.BlockedLayout([1, 16, 1], [1, 2, 16], [4, 1, 1], [2, 1, 0])
 
@@ -140,10 +125,10 @@ def solve_hopper_kernel(
         tma.async_copy_global_to_shared(minus, [key_at, head // GROUP * kh], ready, minus_tile)
 
     beta += batch * bb + head * bh + start.to(gl.int64) * bt
-    lines.index(0).store(column(beta, 0, length, bt, C, LINE))
+    lines.index(0).store(column(beta, 0, length, bt, LINE))
     if SCALAR:
         gate += batch * gb + head * gh + start.to(gl.int64) * gt
-        write_decays(lines, 1, column(gate, 0, length, gt, C, LINE), 0.0, False)
+        write_decays(lines, 1, column(gate, 0, length, gt, LINE), 0.0, False)
     size = C
     if FRAMED:
         size = C >> gl.load(levels + (batch * chunks + chunk) * HEADS + head)

@@ -16,17 +16,32 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from seqpar.kernels.hopper_parts import (
+    FLAT,
+    C,
     barrier,
     bring,
-    clear,
+    channels_layout,
+    clear_all,
     column,
     entry_of,
     exp2,
     frames_of,
+    half_of,
+    head_and_piece,
+    line_layout,
     low,
+    product_layout,
     rounded,
+    row_of,
+    rows_layout,
+    score_layout,
+    store_shares,
+    tokens_of,
+    warps_layout,
     write_decays,
 )
+
+STAGES = gl.constexpr(2)  # tiles of so many steps are on their way or at hand
 
 NUMBERS = ["scale", "batches", "tokens", "pieces", "chunks", "slots", "qh", "kh", "oh"]
 NUMBERS += ["bb", "bt", "bh", "gb", "gt", "gh"]
@@ -36,48 +51,13 @@ POINTERS += ["halves", "steps", "counts", "table"]
 
 @gluon.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=POINTERS)
 def walk_back_hopper_kernel(
-    q,
-    plus,
-    minus,
-    do,
-    r,
-    solved,
-    dx,
-    dx_pointer,
-    shares,
-    beta,
-    gate,
-    leaving,
-    B,
-    halves,
-    steps,
-    counts,
-    table,
-    scale,
-    batches,
-    tokens,
-    pieces,
-    chunks,
-    slots,
-    qh,
-    kh,
-    oh,
-    bb,
-    bt,
-    bh,
-    gb,
-    gt,
-    gh,
-    HEADS: gl.constexpr,
-    GROUP: gl.constexpr,
-    DK: gl.constexpr,
-    DV: gl.constexpr,
-    C: gl.constexpr,
-    DECAY: gl.constexpr,
-    SUMMARY: gl.constexpr,
-    STAGES: gl.constexpr,
-    num_warps: gl.constexpr,
-):
+    q, plus, minus, do, r, solved, dx, dx_pointer, shares, beta, gate, leaving, B,
+    halves, steps, counts, table,
+    scale, batches, tokens, pieces, chunks, slots,
+    qh, kh, oh, bb, bt, bh, gb, gt, gh,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr,
+    DECAY: gl.constexpr, SUMMARY: gl.constexpr,
+):  # fmt: skip
     """dX of one piece, and dβ, a share for each warp [B, H, DV / 16, T]; or SUMMARY: see
     `walk_back_kernel`.
 
@@ -87,40 +67,27 @@ def walk_back_hopper_kernel(
     FRAMED: gl.constexpr = DECAY == "frames"
     SCALAR: gl.constexpr = DECAY == "scalar"
     SIZE: gl.constexpr = DK * DV
-    pid = gl.program_id(0)
-    head = pid % HEADS
-    batch = pid // HEADS % batches
-    place = pid // HEADS // batches
+    head, batch, place = head_and_piece(batches, HEADS)
     of_head = batch.to(gl.int64) * HEADS + head
-    if SUMMARY:
-        row = table + 4 * place
-        first_chunk = gl.load(row + 2).to(gl.int64)
-        piece = gl.load(row + 3)
-    else:
-        row = table + 8 * place
-        first_chunk = gl.load(row + 7).to(gl.int64)
-        piece = place
+    row, first_chunk, piece = row_of(table, place, SUMMARY)
     start = gl.load(row)
     length = gl.load(row + 1)
     count = (length + C - 1) // C
     if FRAMED:
         lists = steps, counts, halves
         place_of = batch, head, piece, pieces, first_chunk, chunks
-        count, steps, halves = frames_of(*lists, *place_of, HEADS, DK, C)
+        count, steps, halves = frames_of(*lists, *place_of, HEADS, DK)
 
     # [DV, DK], [DV, C], [C, C]
-    STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, DK, 16])
-    MIXED: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, C, 16])
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [4, num_warps // 4], [16, C // (num_warps // 4), 16]
-    )
+    num_warps: gl.constexpr = gl.num_warps()
+    STATE: gl.constexpr = product_layout(DK, num_warps)
+    MIXED: gl.constexpr = product_layout(C, num_warps)
+    SCORES: gl.constexpr = score_layout(num_warps)
     READING: gl.constexpr = gl.DotOperandLayout(0, MIXED, 2)
     WRITING: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
-    LINE: gl.constexpr = gl.BlockedLayout([C // 32], [32], [num_warps], [0])
-    CHANNELS: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
-    WARPS: gl.constexpr = gl.BlockedLayout([1, C // 32], [1, 32], [num_warps, 1], [1, 0])
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    LINE: gl.constexpr = line_layout(num_warps)
+    ROWS: gl.constexpr = rows_layout(num_warps)
+    WARPS: gl.constexpr = warps_layout(num_warps)
 
     q_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, DK], q.layout)
     plus_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, DK], plus.layout)
@@ -134,13 +101,14 @@ def walk_back_hopper_kernel(
     if not SUMMARY:
         r_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, DV], r.layout)
         dx_tiles = gl.allocate_shared_memory(dtype, [1, C, DV], dx.layout)
-    score_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], dtype)
-    score_tile = gl.allocate_shared_memory(dtype, [C, C], score_layout)
+    score_tile = gl.allocate_shared_memory(
+        dtype, [C, C], gl.NVMMASharedLayout.get_default_for([C, C], dtype)
+    )
     lines = gl.allocate_shared_memory(gl.float32, [8, C], FLAT)
     half_lines = lines
     if FRAMED:
         half_lines = gl.allocate_shared_memory(gl.float32, [2, DK], FLAT)
-        halves += gl.arange(0, DK, CHANNELS)
+        halves += gl.arange(0, DK, channels_layout(num_warps))
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
@@ -183,22 +151,20 @@ def walk_back_hopper_kernel(
         tiles = tiles + (r_tiles,)
     for i in gl.static_range(STAGES):
         if i < count:
-            at = entry_of(steps, i, count, C, FRAMED, True) // 4 * 8
+            at = entry_of(steps, i, count, FRAMED, True) // 4 * 8
             mbarrier.expect(ready.index(i), BYTES)
             bring(sources, columns, tiles, origin + at, i, ready)
             bring((solved,), (0,), (solved_tiles,), solved_origin + at, i, ready)
 
-    gl.static_assert(STAGES == 2)
-    entry = entry_of(steps, 0, count, C, FRAMED, True)
-    coming = entry_of(steps, 1, count, C, FRAMED, True)
-    here = entry // 4 * 8
-    size = gl.minimum(C >> entry % 4, length - here)
-    lines.index(0).store(column(beta, here, here + size, bt, C, LINE))
+    entry = entry_of(steps, 0, count, FRAMED, True)
+    coming = entry_of(steps, 1, count, FRAMED, True)
+    here, size = tokens_of(entry, length)
+    lines.index(0).store(column(beta, here, here + size, bt, LINE))
     whole = 1.0
     if SCALAR:
-        whole = write_decays(lines, 1, column(gate, here, here + size, gt, C, LINE), 0.0, False)
+        whole = write_decays(lines, 1, column(gate, here, here + size, gt, LINE), 0.0, False)
     if FRAMED:
-        half_lines.index(0).store(exp2(gl.load(halves + (entry // 4).to(gl.int64) * (HEADS * DK))))
+        half_lines.index(0).store(exp2(half_of(halves, entry, HEADS * DK)))
     barrier()
 
     i_index = gl.arange(0, C, gl.SliceLayout(1, SCORES))
@@ -211,21 +177,20 @@ def walk_back_hopper_kernel(
     for step in range(count):
         ring = step % STAGES
         even = step % 2
-        here = entry // 4 * 8
-        size = gl.minimum(C >> entry % 4, length - here)
+        here, size = tokens_of(entry, length)
         q_tile = q_tiles.index(ring)
         plus_tile = plus_tiles.index(ring)
         minus_tile = minus_tiles.index(ring)
         do_tile = do_tiles.index(ring)
         # asked for now, wanted at the end
-        wanted = entry_of(steps, step + STAGES, count, C, FRAMED, True)
+        wanted = entry_of(steps, step + STAGES, count, FRAMED, True)
         following = coming // 4 * 8
         following_stop = gl.minimum(following + (C >> coming % 4), length)
-        coming_rate = column(beta, following, following_stop, bt, C, LINE)
+        coming_rate = column(beta, following, following_stop, bt, LINE)
         if SCALAR:
-            coming_decays = column(gate, following, following_stop, gt, C, LINE)
+            coming_decays = column(gate, following, following_stop, gt, LINE)
         if FRAMED:
-            coming_half = gl.load(halves + (coming // 4).to(gl.int64) * (HEADS * DK))
+            coming_half = half_of(halves, coming, HEADS * DK)
 
         if FRAMED:
             half = half_lines.index(even).load(gl.SliceLayout(0, STATE))
@@ -233,8 +198,7 @@ def walk_back_hopper_kernel(
         high = gl.convert_layout(rounded(state), READING)
         mbarrier.wait(ready.index(ring), step // STAGES & 1)
         if size < C:
-            clear(do_tile, size, ROWS)
-            fence_async_shared()
+            clear_all((do_tiles,), ring, size, ROWS)
             barrier()
         scores = warpgroup_mma(
             q_tile, minus_tile.permute((1, 0)), no_scores, use_acc=False, is_async=True
@@ -296,11 +260,7 @@ def walk_back_hopper_kernel(
 
         if not SUMMARY:
             value = r_tiles.index(ring).permute((1, 0)).load(MIXED).to(gl.float32)
-            share = gl.sum(gl.reshape(mixed * value, [num_warps, 16, C]), 1)
-            token = here + gl.arange(0, C, gl.SliceLayout(0, WARPS))
-            share_at = shares + warp[:, None] * tokens + token[None, :]
-            known = (token < here + size)[None, :] & (warp >= 0)[:, None]
-            gl.store(share_at, gl.convert_layout(share, WARPS), mask=known)
+            store_shares(shares, mixed * value, here, size, tokens, warp)
             if size < C:
                 at_z = gl.arange(0, DV, gl.SliceLayout(1, MIXED))
                 at_i = gl.arange(0, C, gl.SliceLayout(0, MIXED))

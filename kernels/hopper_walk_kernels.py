@@ -10,6 +10,16 @@ leaving the registers. Each warpgroup has 64 columns and goes its own way, so th
 work for one while the other rounds. One more warp has the tiles brought by the copy engine, STAGES
 steps ahead, and works out the decays.
 
+What keeps these warps apart, for no barrier holds all of them. A slot of the ring, tiles and lines,
+is the bringing warps' from `free` to `ready` and the others' from `ready` to `free`. Lines are
+ordinary stores; the barrier of the bringing warps orders them before the one arrival at `ready`,
+and tiles are counted in by the copy engine. A warpgroup arrives at `free` when its products of the
+slot have been awaited and, behind its own barrier, its loads are done; nothing was written to
+tiles, so the engine may overwrite them without a fence. With u and r it is the other way: each
+thread fences what it stored for the engine, the barrier gathers the warps, one thread starts the
+copy. Their tiles are written again two steps later, and before its barrier each step has waited for
+the copies that the step before started.
+
 U is rounded once: what is written is what goes into the state, lest the passes that form the states
 again from it should drift away. With scalar decay, which is multiplied with it, and in summaries it
 goes in in two parts.
@@ -26,52 +36,56 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from seqpar.kernels.hopper_parts import (
+    FLAT,
+    C,
     barrier,
+    bring,
+    channels_layout,
     column,
     entry_of,
     exp2,
     frames_of,
+    half_of,
+    line_layout,
     low,
+    product_layout,
     rounded,
+    row_of,
+    tokens_of,
     write_decays,
 )
 
+# a thread's, of the warpgroups that walk; the one that brings their tiles needs few
+REGISTERS = gl.constexpr(232)
+
 
 @gluon.jit
-def _bring(
-    ring,
-    where,
-    inputs,
-    HEADS: gl.constexpr,
-    DK: gl.constexpr,
-    C: gl.constexpr,
-    DECAY: gl.constexpr,
-    PARTS: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+def _bring(ring, where, inputs, PARTS: gl.constexpr, HEADS: gl.constexpr, DECAY: gl.constexpr):
     """Fill the ring, step by step: tiles, and lines of β and of `write_decays`."""
     w_tiles, minus_tiles, v_tiles, solved_tiles, lines, half_lines, ready, free = ring
     steps, row, length, count, valued = where
+    STAGES: gl.constexpr = ready.shape[0]
+    DK: gl.constexpr = minus_tiles.shape[2]
     w, minus, v, solved, beta, gate, halves, bt, gt, solved_row, wc, kc, vc = inputs
     FRAMED: gl.constexpr = DECAY == "frames"
-    LINE: gl.constexpr = gl.BlockedLayout([C // 32], [32], [4], [0])
-    CHANNELS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    LINE: gl.constexpr = line_layout(4)
+    CHANNELS: gl.constexpr = channels_layout(4)
     BYTES: gl.constexpr = 2 * w.block_type.nbytes + solved.block_type.nbytes
     V_BYTES: gl.constexpr = PARTS * v.block_type.nbytes
     if FRAMED:
         halves += gl.arange(0, DK, CHANNELS)
-    coming = entry_of(steps, 0, count, C, FRAMED, False)
+    coming = entry_of(steps, 0, count, FRAMED, False)
     for step in range(count):
         slot = step % STAGES
         entry = coming
-        coming = entry_of(steps, step + 1, count, C, FRAMED, False)
+        coming = entry_of(steps, step + 1, count, FRAMED, False)
         here = entry // 4 * 8
         stop = gl.minimum(here + (C >> entry % 4), length)
-        rate = column(beta, here, stop, bt, C, LINE)
+        rate = column(beta, here, stop, bt, LINE)
         if DECAY == "scalar":
-            decays = column(gate, here, stop, gt, C, LINE)
+            decays = column(gate, here, stop, gt, LINE)
         if FRAMED:
-            half = gl.load(halves + (entry // 4).to(gl.int64) * (HEADS * DK))
+            half = half_of(halves, entry, HEADS * DK)
         mbarrier.wait(free.index(slot), (step // STAGES & 1) ^ 1)
         lines.index(4 * slot).store(rate)
         if DECAY == "scalar":
@@ -89,51 +103,30 @@ def _bring(
                 )
         else:
             mbarrier.expect(bar, BYTES)
-        tma.async_copy_global_to_shared(w, [row + here, wc], bar, w_tiles.index(slot))
-        tma.async_copy_global_to_shared(minus, [row + here, kc], bar, minus_tiles.index(slot))
-        tma.async_copy_global_to_shared(
-            solved, [solved_row + here, 0], bar, solved_tiles.index(slot)
-        )
+        bring((w, minus), (wc, kc), (w_tiles, minus_tiles), row + here, slot, ready)
+        bring((solved,), (0,), (solved_tiles,), solved_row + here, slot, ready)
 
 
 @gluon.jit
 def _columns(
-    ring,
-    where,
-    outputs,
-    PART: gl.constexpr,
-    PARTS: gl.constexpr,
-    HEADS: gl.constexpr,
-    DK: gl.constexpr,
-    DV: gl.constexpr,
-    C: gl.constexpr,
-    DECAY: gl.constexpr,
-    SUMMARY: gl.constexpr,
-    RESIDUAL: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    ring, where, outputs, PART: gl.constexpr, PARTS: gl.constexpr,
+    HEADS: gl.constexpr, DV: gl.constexpr, DECAY: gl.constexpr,
+    SUMMARY: gl.constexpr, RESIDUAL: gl.constexpr,
+):  # fmt: skip
     """A warpgroup's 64 columns of the state, through all steps."""
     w_tiles, minus_tiles, v_tiles, solved_tiles, lines, half_lines, ready, free = ring
     steps, row, length, count, valued = where
-    (
-        u,
-        r,
-        u_pointer,
-        r_pointer,
-        u_tiles,
-        r_tiles,
-        entering,
-        enters,
-        summary,
-        uc,
-        first_column,
-        width,
-    ) = outputs
+    STAGES: gl.constexpr = ready.shape[0]
+    DK: gl.constexpr = minus_tiles.shape[2]
+    written, states, columns = outputs
+    u, r, u_pointer, r_pointer, u_tiles, r_tiles = written
+    entering, enters, summary = states
+    uc, first_column, width = columns
     FRAMED: gl.constexpr = DECAY == "frames"
     SCALAR: gl.constexpr = DECAY == "scalar"
     # [64, DK] and [64, C]
-    STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK, 16])
-    MIXED: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
+    STATE: gl.constexpr = product_layout(DK, 4)
+    MIXED: gl.constexpr = product_layout(C, 4)
     READING: gl.constexpr = gl.DotOperandLayout(0, MIXED, 2)
     WRITING: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
     col = first_column + 64 * PART + gl.arange(0, 64, gl.SliceLayout(1, STATE))
@@ -146,14 +139,13 @@ def _columns(
         if enters:
             state = gl.load(entering + col[:, None] + channel[None, :] * DV)
 
-    coming = entry_of(steps, 0, count, C, FRAMED, False)
+    coming = entry_of(steps, 0, count, FRAMED, False)
     for step in range(count):
         slot = step % STAGES
         even = step % 2
         entry = coming
-        coming = entry_of(steps, step + 1, count, C, FRAMED, False)
-        here = entry // 4 * 8
-        size = gl.minimum(C >> entry % 4, length - here)
+        coming = entry_of(steps, step + 1, count, FRAMED, False)
+        here, size = tokens_of(entry, length)
         w_tile = w_tiles.index(slot).permute((1, 0))
         mbarrier.wait(ready.index(slot), step // STAGES & 1)
         rate = lines.index(4 * slot).load(gl.SliceLayout(0, MIXED))[None, :]
@@ -229,48 +221,13 @@ POINTERS += ["halves", "steps", "counts", "table"]
 
 @gluon.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=POINTERS)
 def walk_hopper_kernel(
-    w,
-    minus,
-    v,
-    solved,
-    u,
-    r,
-    u_pointer,
-    r_pointer,
-    beta,
-    gate,
-    entering,
-    A,
-    B,
-    halves,
-    steps,
-    counts,
-    table,
-    batches,
-    tokens,
-    pieces,
-    chunks,
-    slots,
-    kh,
-    vh,
-    bb,
-    bt,
-    bh,
-    gb,
-    gt,
-    gh,
-    HEADS: gl.constexpr,
-    GROUP: gl.constexpr,
-    DK: gl.constexpr,
-    DV: gl.constexpr,
-    PARTS: gl.constexpr,
-    C: gl.constexpr,
-    DECAY: gl.constexpr,
-    SUMMARY: gl.constexpr,
-    RESIDUAL: gl.constexpr,
-    STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr,
-):
+    w, minus, v, solved, u, r, u_pointer, r_pointer, beta, gate, entering, A, B,
+    halves, steps, counts, table,
+    batches, tokens, pieces, chunks, slots,
+    kh, vh, bb, bt, bh, gb, gt, gh,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr,
+    PARTS: gl.constexpr, DECAY: gl.constexpr, SUMMARY: gl.constexpr, RESIDUAL: gl.constexpr,
+):  # fmt: skip
     """U, and with RESIDUAL R, of one piece; or SUMMARY, A and B: see `walk_kernel`.
 
     w [B*T, H*DK] and minus [B*T, columns] in tiles [C, DK]; v, u, r likewise in tiles [C, 64];
@@ -290,10 +247,8 @@ def walk_hopper_kernel(
     width = DV
     enters = valued
     summary = B
+    line, first_chunk, piece = row_of(table, place, SUMMARY)
     if SUMMARY:
-        line = table + 4 * place
-        first_chunk = gl.load(line + 2).to(gl.int64)
-        piece = gl.load(line + 3)
         summaries = gl.num_programs(0) // (BLOCKS * HEADS) // batches
         index = (batch.to(gl.int64) * summaries + place) * HEADS + head
         if valued:
@@ -303,9 +258,6 @@ def walk_hopper_kernel(
             first_column -= OF_B * (64 * PARTS)
             width = DK
     else:
-        line = table + 8 * place
-        first_chunk = gl.load(line + 7).to(gl.int64)
-        piece = place
         slot = gl.load(line + 2)
         enters = slot >= 0
         entering += ((batch.to(gl.int64) * slots + slot) * HEADS + head) * (DK * DV)
@@ -315,7 +267,7 @@ def walk_hopper_kernel(
     if FRAMED:
         lists = steps, counts, halves
         place_of = batch, head, piece, pieces, first_chunk, chunks
-        count, steps, halves = frames_of(*lists, *place_of, HEADS, DK, C)
+        count, steps, halves = frames_of(*lists, *place_of, HEADS, DK)
     row = batch * tokens + start
     solved_row = (batch * HEADS + head) * tokens + start
     beta += batch.to(gl.int64) * bb + head * bh + start.to(gl.int64) * bt
@@ -324,7 +276,7 @@ def walk_hopper_kernel(
     vc = head * vh + first_column
 
     dtype: gl.constexpr = w.dtype
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    STAGES: gl.constexpr = 3 if SUMMARY else 2
     w_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, DK], w.layout)
     minus_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, DK], minus.layout)
     v_tiles = gl.allocate_shared_memory(dtype, [PARTS * STAGES, C, 64], v.layout)
@@ -349,60 +301,14 @@ def walk_hopper_kernel(
     ring = (w_tiles, minus_tiles, v_tiles, solved_tiles, lines, half_lines, ready, free)
     where = (steps, row, length, count, valued)
     inputs = (w, minus, v, solved, beta, gate, halves, bt, gt, solved_row, wc, kc, vc)
-    outputs = (
-        u,
-        r,
-        u_pointer,
-        r_pointer,
-        u_tiles,
-        r_tiles,
-        entering,
-        enters,
-        summary,
-        uc,
-        first_column,
-        width,
-    )
+    written = (u, r, u_pointer, r_pointer, u_tiles, r_tiles)
+    outputs = (written, (entering, enters, summary), (uc, first_column, width))
     if PARTS == 2:
         gl.warp_specialize(
             [
-                (_bring, (ring, where, inputs, HEADS, DK, C, DECAY, PARTS, STAGES)),
-                (
-                    _columns,
-                    (
-                        ring,
-                        where,
-                        outputs,
-                        0,
-                        PARTS,
-                        HEADS,
-                        DK,
-                        DV,
-                        C,
-                        DECAY,
-                        SUMMARY,
-                        RESIDUAL,
-                        STAGES,
-                    ),
-                ),
-                (
-                    _columns,
-                    (
-                        ring,
-                        where,
-                        outputs,
-                        1,
-                        PARTS,
-                        HEADS,
-                        DK,
-                        DV,
-                        C,
-                        DECAY,
-                        SUMMARY,
-                        RESIDUAL,
-                        STAGES,
-                    ),
-                ),
+                (_bring, (ring, where, inputs, PARTS, HEADS, DECAY)),
+                (_columns, (ring, where, outputs, 0, PARTS, HEADS, DV, DECAY, SUMMARY, RESIDUAL)),
+                (_columns, (ring, where, outputs, 1, PARTS, HEADS, DV, DECAY, SUMMARY, RESIDUAL)),
             ],
             [4, 4],
             [REGISTERS, REGISTERS],
@@ -410,25 +316,8 @@ def walk_hopper_kernel(
     else:
         gl.warp_specialize(
             [
-                (_bring, (ring, where, inputs, HEADS, DK, C, DECAY, PARTS, STAGES)),
-                (
-                    _columns,
-                    (
-                        ring,
-                        where,
-                        outputs,
-                        0,
-                        PARTS,
-                        HEADS,
-                        DK,
-                        DV,
-                        C,
-                        DECAY,
-                        SUMMARY,
-                        RESIDUAL,
-                        STAGES,
-                    ),
-                ),
+                (_bring, (ring, where, inputs, PARTS, HEADS, DECAY)),
+                (_columns, (ring, where, outputs, 0, PARTS, HEADS, DV, DECAY, SUMMARY, RESIDUAL)),
             ],
             [4],
             [REGISTERS],

@@ -15,31 +15,31 @@ from triton.runtime.jit import JITFunction
 from seqpar.kernels.once import Once
 from seqpar.kernels.pieces import Pieces
 
+OPTIONS = ("num_warps", "num_stages", "maxnreg")  # of the compiler
+
 
 class Launch:
     """A kernel on a grid, for tensors of the same types and alignment at each call.
 
-    numbers: arguments that follow the tensors. constants: constexpr arguments, and options of the
-    compiler.
+    values: what follows the tensors, numbers and constants, and options of the compiler, by name;
+    there may be some that this kernel has not.
     """
 
-    def __init__(self, kernel: Any, programs: int, numbers: Sequence[Any], **constants: Any):
-        self._first = kernel[programs, 1, 1]
-        self._numbers, self._constants = tuple(numbers), constants
-        self._names = kernel.arg_names if isinstance(kernel, JITFunction) else None
-        self._programs = programs
+    def __init__(self, kernel: Any, programs: int, **values: Any):
+        self._kernel, self._programs = kernel, programs
+        self._values = [values[name] for name in kernel.arg_names if name in values]
+        self._options = {name: values[name] for name in OPTIONS if name in values}
         self._again: Callable[..., None] | None = None
 
     def __call__(self, *tensors: Any) -> None:
         """Run it on the current stream. Tensors, or tensor descriptors, in the kernel's order."""
         if self._again is not None:
-            self._again(*tensors, *self._numbers)
+            self._again(*tensors, *self._values)
             return
-        compiled = self._first(*tensors, *self._numbers, **self._constants)
-        if self._names is not None:  # not under Triton's interpreter
-            names = self._names[len(tensors) + len(self._numbers) :]
-            self._numbers += tuple(self._constants[name] for name in names)
-            self._again = compiled[self._programs, 1, 1]
+        kernel, grid = self._kernel, (self._programs, 1, 1)
+        compiled = kernel[grid](*tensors, *self._values, **self._options)
+        if isinstance(kernel, JITFunction):  # not under Triton's interpreter
+            self._again = compiled[grid]
 
 
 def plan(pieces: Pieces, *kind: object) -> Once:

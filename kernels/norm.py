@@ -90,11 +90,9 @@ class _GatedNorm(torch.autograd.Function):
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
         def make() -> Launch:
-            tiles, constants = _cut(x)
-            constants |= _kind(*kind)
-            strides, units = _strides(X_UNIT=x, G_UNIT=gate)
-            numbers = [x.shape[1], eps, *strides]
-            return Launch(gated_norm_kernel, tiles, numbers, **units, FAST=x.is_cuda, **constants)
+            tiles, values = _cut(x)
+            values |= in_units(x=x, g=gate) | _kind(*kind)
+            return Launch(gated_norm_kernel, tiles, eps=eps, **values)
 
         alike("norm", eps, kind, x, gate, weight).once("forward", make)(x, gate, weight, y)
         return y
@@ -108,22 +106,14 @@ class _GatedNorm(torch.autograd.Function):
         x, gate, weight = ctx.saved_tensors
         dy = dense(dy)
         dx, d_gate = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, gate))
-        tiles, constants = _cut(x)
+        tiles, values = _cut(x)
         programs = min(tiles, 32 * processors(x.device))
         sums = torch.empty(programs, x.shape[3], dtype=torch.float32, device=x.device)
 
         def make() -> Launch:
-            strides, units = _strides(X_UNIT=x, G_UNIT=gate, Y_UNIT=dy)
-            numbers = [x.shape[1], tiles, ctx.eps, *strides]
-            return Launch(
-                gated_norm_backward_kernel,
-                programs,
-                numbers,
-                **units,
-                FAST=x.is_cuda,
-                **_kind(*ctx.kind),
-                **constants,
-            )
+            given = values | in_units(x=x, g=gate, y=dy) | _kind(*ctx.kind)
+            kernel = gated_norm_backward_kernel
+            return Launch(kernel, programs, tiles=tiles, eps=ctx.eps, **given)
 
         launch = alike("norm", ctx.eps, ctx.kind, x, gate, weight, dy).once("backward", make)
         launch(x, gate, weight, dy, dx, d_gate, sums)
@@ -142,9 +132,8 @@ class _Unit(torch.autograd.Function):
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
         def make() -> Launch:
-            tiles, constants = _cut(x)
-            strides, units = _strides(X_UNIT=x)
-            return Launch(unit_kernel, tiles, [x.shape[1], eps, *strides], **units, **constants)
+            tiles, values = _cut(x)
+            return Launch(unit_kernel, tiles, eps=eps, **in_units(x=x), **values)
 
         alike("unit", eps, x).once("forward", make)(x, y)
         return y
@@ -160,20 +149,11 @@ class _Unit(torch.autograd.Function):
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
         def make() -> Launch:
-            tiles, constants = _cut(x)
-            strides, units = _strides(X_UNIT=x, Y_UNIT=dy)
-            numbers = [x.shape[1], ctx.eps, *strides]
-            return Launch(unit_backward_kernel, tiles, numbers, **units, **constants)
+            tiles, values = _cut(x)
+            return Launch(unit_backward_kernel, tiles, eps=ctx.eps, **in_units(x=x, y=dy), **values)
 
         alike("unit", ctx.eps, x, dy).once("backward", make)(x, dy, dx)
         return dx, None
-
-
-def _strides(**tensors: Tensor) -> tuple[list[int], dict[str, int]]:
-    """The strides of all, one after the other, and their units by name."""
-    found = {name: in_units(x) for name, x in tensors.items()}
-    strides = [stride for each, _ in found.values() for stride in each]
-    return strides, {name: unit for name, (_, unit) in found.items()}
 
 
 def _kind(silu: bool, gate_first: bool) -> dict[str, bool]:
@@ -193,9 +173,10 @@ def _heads(x: Tensor) -> Tensor:
 
 
 def _cut(x: Tensor) -> tuple[int, dict[str, int]]:
-    """Tiles of all sequences, and the constants of the kernels: 16 numbers a thread."""
+    """Tiles of all sequences, and what the kernels are given of x: 16 numbers a thread."""
     batch, tokens, heads, dim = x.shape
     cols = 1 << (dim - 1).bit_length()
     rows = max(4, 2048 // cols)
     tiles = batch * ceil_div(tokens * heads, rows)
-    return tiles, {"HEADS": heads, "DIM": dim, "ROWS": rows, "COLS": cols, "num_warps": 4}
+    sizes = {"tokens": tokens, "HEADS": heads, "DIM": dim, "ROWS": rows, "COLS": cols}
+    return tiles, sizes | {"FAST": x.is_cuda, "num_warps": 4}

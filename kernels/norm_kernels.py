@@ -24,7 +24,7 @@ def _rows(tile, tokens, HEADS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constex
 
 @triton.jit
 def _load(x, batch, token, head, cols, inside, xb, xt, xh, UNIT: tl.constexpr):
-    x += batch * (xb * UNIT) + token * (xt * UNIT) + head * (xh * UNIT) + cols
+    x += batch * xb * UNIT + token * (xt * UNIT) + head * (xh * UNIT) + cols
     return tl.load(x, mask=inside, other=0.0).to(tl.float32)
 
 
@@ -36,28 +36,13 @@ def _store(y, value, batch, token, head, cols, inside, tokens, HEADS, DIM):
 
 @triton.jit(do_not_specialize=["tokens"])
 def gated_norm_kernel(
-    x,
-    gate,
-    weight,
-    y,
-    tokens,
-    eps,
-    xb,
-    xt,
-    xh,
-    gb,
-    gt,
-    gh,
-    X_UNIT: tl.constexpr,
-    G_UNIT: tl.constexpr,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    FAST: tl.constexpr,
-    SILU: tl.constexpr,
-    GATE_FIRST: tl.constexpr,
-    ROWS: tl.constexpr,
+    x, gate, weight, y,
+    tokens, eps,
+    xb, xt, xh, gb, gt, gh,
+    X_UNIT: tl.constexpr, G_UNIT: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
+    FAST: tl.constexpr, SILU: tl.constexpr, GATE_FIRST: tl.constexpr, ROWS: tl.constexpr,
     COLS: tl.constexpr,
-):
+):  # fmt: skip
     """y = norm(x) · weight · open(gate), or norm(x · open(gate)) · weight if GATE_FIRST.
 
     norm(x) = x / sqrt(mean(x²) + eps); open is SiLU or the sigmoid.
@@ -79,36 +64,13 @@ def gated_norm_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "tiles"])
 def gated_norm_backward_kernel(
-    x,
-    gate,
-    weight,
-    dy,
-    dx,
-    d_gate,
-    sums,
-    tokens,
-    tiles,
-    eps,
-    xb,
-    xt,
-    xh,
-    gb,
-    gt,
-    gh,
-    yb,
-    yt,
-    yh,
-    X_UNIT: tl.constexpr,
-    G_UNIT: tl.constexpr,
-    Y_UNIT: tl.constexpr,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    FAST: tl.constexpr,
-    SILU: tl.constexpr,
-    GATE_FIRST: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+    x, gate, weight, dy, dx, d_gate, sums,
+    tokens, tiles, eps,
+    xb, xt, xh, gb, gt, gh, yb, yt, yh,
+    X_UNIT: tl.constexpr, G_UNIT: tl.constexpr, Y_UNIT: tl.constexpr, HEADS: tl.constexpr,
+    DIM: tl.constexpr, FAST: tl.constexpr, SILU: tl.constexpr, GATE_FIRST: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     """Gradients of x and the gate, and in sums [programs, DIM] each program's share of weight's.
 
     Every so many of the `tiles`, over all sequences, are a program's.
@@ -145,19 +107,12 @@ def gated_norm_backward_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def unit_kernel(
-    x,
-    y,
-    tokens,
-    eps,
-    xb,
-    xt,
-    xh,
-    X_UNIT: tl.constexpr,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    ROWS: tl.constexpr,
+    x, y,
+    tokens, eps,
+    xb, xt, xh,
+    X_UNIT: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     COLS: tl.constexpr,
-):
+):  # fmt: skip
     """y = x / sqrt(|x|² + eps)."""
     batch, token, head, cols, inside = _rows(tl.program_id(0), tokens, HEADS, DIM, ROWS, COLS)
     x_tile = _load(x, batch, token, head, cols, inside, xb, xt, xh, X_UNIT)
@@ -167,24 +122,12 @@ def unit_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def unit_backward_kernel(
-    x,
-    dy,
-    dx,
-    tokens,
-    eps,
-    xb,
-    xt,
-    xh,
-    yb,
-    yt,
-    yh,
-    X_UNIT: tl.constexpr,
-    Y_UNIT: tl.constexpr,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+    x, dy, dx,
+    tokens, eps,
+    xb, xt, xh, yb, yt, yh,
+    X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     batch, token, head, cols, inside = _rows(tl.program_id(0), tokens, HEADS, DIM, ROWS, COLS)
     x_tile = _load(x, batch, token, head, cols, inside, xb, xt, xh, X_UNIT)
     d_tile = _load(dy, batch, token, head, cols, inside, yb, yt, yh, Y_UNIT)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -15,6 +16,7 @@ from seqpar.kernels.launch import Launch
 from seqpar.kernels.once import Once
 from seqpar.kernels.pieces import Pieces
 from seqpar.kernels.state_kernels import gate_kernel
+from seqpar.kernels.strides import named
 from seqpar.kernels.tuned import BLOCK, ceil_div, is_hopper, padded, run_config
 
 
@@ -27,7 +29,8 @@ class Pass:
     transposed: DZ is K and DY is V. gated: whether the gradient of the decays is wanted; block: its
     tokens; blocks: how many there are. strict: whether a token is left out of its own sum. split:
     whether the state is taken in two parts, and by the general kernel the scores, and what `exact`
-    says. exact: whether what is multiplied with scalar decay is. frames: of diagonal decay.
+    says. exact: whether what is multiplied with scalar decay is. frames: of diagonal decay; chunks:
+    how many they were cut from.
     """
 
     x: Tensor
@@ -50,26 +53,39 @@ class Pass:
     split: bool
     exact: bool
     frames: Frames | None
+    chunks: int
 
     @property
-    def numbers(self) -> tuple[float, ...]:
-        """scale, batches, tokens, blocks, slots, saves, chunks."""
-        batch, tokens = self.out.shape[:2]
-        chunks = 0 if self.frames is None else self.frames.levels.shape[1]
-        counted = self.blocks, self.entering.shape[1], self.saved.shape[1], chunks
-        return self.scale, batch, tokens, *counted
-
-    @property
-    def state_strides(self) -> tuple[int, int]:
-        """Of a state's rows (channels of y) and columns (channels of z)."""
-        return (1, self.y.shape[-1]) if self.transposed else (self.z.shape[-1], 1)
-
-    @property
-    def groups(self) -> dict[str, int]:
-        """How many heads of v share a head of each tensor."""
-        heads = self.out.shape[2]
-        named = {"X": self.x, "Y": self.y, "Z": self.z, "W": self.other}
-        return {f"{name}_GROUP": heads // x.shape[2] for name, x in named.items()}
+    def values(self) -> dict[str, Any]:
+        """Numbers and constants of both kernels, by name."""
+        (batch, tokens, heads, DZ), DY = self.out.shape, self.y.shape[-1]
+        read = {"x": self.x, "y": self.y, "z": self.z, "w": self.other}
+        # of a state's rows (channels of y) and columns (channels of z)
+        state_row, state_col = (1, DY) if self.transposed else (DZ, 1)
+        return {
+            "scale": self.scale,
+            "batches": batch,
+            "tokens": tokens,
+            "blocks": self.blocks,
+            "slots": self.entering.shape[1],
+            "saves": self.saved.shape[1],
+            "chunks": self.chunks,
+            **named(**read, g=self.gate),
+            "state_row": state_row,
+            "state_col": state_col,
+            "HEADS": heads,
+            # how many heads of v share a head of each tensor
+            **{f"{name.upper()}_GROUP": heads // x.shape[2] for name, x in read.items()},
+            "DY": DY,
+            "DZ": DZ,
+            "DECAY": self.decay,
+            "REVERSE": self.reverse,
+            "GATE": self.gated,
+            "STRICT": self.strict,
+            "SPLIT": self.split,
+            "EXACT": self.exact,
+            "SPAN": self.block,
+        }
 
 
 @dataclass(frozen=True)
@@ -125,6 +141,11 @@ class Passes:
         )
 
     @property
+    def chunks(self) -> int:
+        """How many there are, if there are frames."""
+        return 0 if self.frames is None else self.frames.levels.shape[1]
+
+    @property
     def framed(self) -> tuple[Tensor, Tensor, Tensor]:
         """halves, steps and counts of the frames; any tensors where there are none."""
         if self.frames is None:
@@ -163,7 +184,8 @@ class Passes:
             return Launch(
                 gate_kernel,
                 len(self.blocks) * heads * batch,
-                [tokens, len(self.blocks)],
+                tokens=tokens,
+                blocks=len(self.blocks),
                 HEADS=heads,
                 LINES=lines,
                 KEY_LINES=flows.shape[2],
@@ -224,6 +246,7 @@ class Passes:
                 split=split,
                 exact=exact,
                 frames=self.frames,
+                chunks=self.chunks,
             )
             if not self.hopper:
                 return _general_launch(p)
@@ -241,26 +264,15 @@ def _general_launch(p: Pass) -> Launch:
     DY = p.y.shape[-1]
     config = run_config(DY, DZ, p.x.dtype)
     operand, precision = products(p.x.dtype)
-    strides = (stride for x in (p.x, p.y, p.z, p.other, p.gate) for stride in x.stride()[:3])
     return Launch(
         run_kernel,
         ceil_div(DZ, config.columns) * heads * batch * len(p.table),
-        [*p.numbers, *strides, *p.state_strides],
-        HEADS=heads,
-        **p.groups,
-        DY=DY,
-        DZ=DZ,
+        **p.values,
         BY=padded(DY),
         BZ=config.columns,
         C=p.frames.chunk if p.frames else config.chunk,
-        DECAY=p.decay,
-        REVERSE=p.reverse,
-        GATE=p.gated,
-        STRICT=p.strict,
-        SPLIT=p.split,
         OPERAND=operand,
         PRECISION=precision,
-        SPAN=p.block,
         STAGES=config.stages,
         num_warps=config.warps,
     )

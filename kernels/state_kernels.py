@@ -3,47 +3,21 @@
 import triton
 import triton.language as tl
 
-from seqpar.kernels.decay_kernels import _state, _tile
+from seqpar.kernels.decay_kernels import _frames, _half, _state, _tile
 
 
 @triton.jit(do_not_specialize=["batches", "pieces", "chunks"])
 def fold_kernel(
-    y,
-    z,
-    gate,
-    halves,
-    steps,
-    counts,
-    A,
-    B,
+    y, z, gate,
+    halves, steps, counts,
+    A, B,
     table,
-    scale,
-    batches,
-    pieces,
-    chunks,
-    yb,
-    yt,
-    yh,
-    zb,
-    zt,
-    zh,
-    gb,
-    gt,
-    gh,
-    HEADS: tl.constexpr,
-    Y_GROUP: tl.constexpr,
-    Z_GROUP: tl.constexpr,
-    DY: tl.constexpr,
-    DZ: tl.constexpr,
-    BY: tl.constexpr,
-    BZ: tl.constexpr,
-    C: tl.constexpr,
-    DECAY: tl.constexpr,
-    REVERSE: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    scale, batches, pieces, chunks,
+    yb, yt, yh, zb, zt, zh, gb, gt, gh,
+    HEADS: tl.constexpr, Y_GROUP: tl.constexpr, Z_GROUP: tl.constexpr, DY: tl.constexpr,
+    DZ: tl.constexpr, BY: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
+    REVERSE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """What each piece adds to the state: B = scale Σ_j e^(decay from j to the end) y_j z_jᵀ.
 
     y [B, T, H, DY]; z [B, T, H, DZ]; A [B, N, H, 1 or DY], the decay over the whole piece; B [B, N,
@@ -72,9 +46,9 @@ def fold_kernel(
     if DECAY == "key":
         first_chunk = tl.load(table + 4 * summary + 2).to(tl.int64)
         piece = tl.load(table + 4 * summary + 3)
-        count = tl.load(counts + (batch * HEADS + head) * pieces + piece)
-        steps += ((batch * HEADS + head) * chunks + first_chunk) * (C // 8)
-        halves += ((batch * chunks + first_chunk) * (C // 8) * HEADS + head) * DY
+        lists = steps, counts, halves
+        place_of = batch, head, piece, pieces, first_chunk, chunks
+        count, steps, halves = _frames(*lists, *place_of, HEADS, DY, C)
         passed = tl.zeros([BY], tl.float32)
     else:
         gate += batch * gb + head * gh + start * gt
@@ -104,8 +78,7 @@ def fold_kernel(
             z_tile = (z_tile * tl.exp(passed + reach)[:, None]).to(OPERAND)
             passed += whole
         elif DECAY == "key":
-            half_at = halves + (entry // 4).to(tl.int64) * (HEADS * DY) + y_cols
-            half = tl.load(half_at, mask=y_cols < DY, other=0.0)
+            half = _half(halves, entry // 4, y_cols, HEADS, DY)
             state *= tl.exp2(half)[:, None]
             passed += 2 * half
         state = tl.dot(tl.trans(y_tile), z_tile, state, input_precision=PRECISION)
@@ -125,20 +98,12 @@ def fold_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "blocks"])
 def gate_kernel(
-    q_shares,
-    plus_shares,
-    k_shares,
-    flows,
-    d_gate,
+    q_shares, plus_shares, k_shares, flows, d_gate,
     table,
-    tokens,
-    blocks,
-    HEADS: tl.constexpr,
-    LINES: tl.constexpr,
-    KEY_LINES: tl.constexpr,
-    PLUS: tl.constexpr,
+    tokens, blocks,
+    HEADS: tl.constexpr, LINES: tl.constexpr, KEY_LINES: tl.constexpr, PLUS: tl.constexpr,
     SIZE: tl.constexpr,
-):
+):  # fmt: skip
     """The gradient of scalar decays, d_gate [B, T, H], from what the passes of dq and dk left.
 
     q_shares [B, H, LINES, T], k_shares [B, H, KEY_LINES, T], the sums of whose lines are q dq and
@@ -171,25 +136,12 @@ def gate_kernel(
 
 @triton.jit(do_not_specialize=["batches", "summaries", "slots", "ends"])
 def scan_kernel(
-    A,
-    B,
-    arriving,
-    states,
-    leaving,
+    A, B, arriving, states, leaving,
     table,
-    batches,
-    summaries,
-    slots,
-    ends,
-    HEADS: tl.constexpr,
-    DY: tl.constexpr,
-    DZ: tl.constexpr,
-    BY: tl.constexpr,
-    PADDED: tl.constexpr,
-    DECAY: tl.constexpr,
-    STEP: tl.constexpr,
-    STORE: tl.constexpr,
-):
+    batches, summaries, slots, ends,
+    HEADS: tl.constexpr, DY: tl.constexpr, DZ: tl.constexpr, BY: tl.constexpr, PADDED: tl.constexpr,
+    DECAY: tl.constexpr, STEP: tl.constexpr, STORE: tl.constexpr,
+):  # fmt: skip
     """States that enter pieces, from the summaries of the pieces before them: S' = A S + B.
 
     A row of `table` is a run of pieces, each of which hands its state to the next: [first summary,

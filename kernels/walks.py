@@ -21,6 +21,7 @@ from seqpar.kernels.delta_kernels import STEP, solve_kernel, walk_kernel
 from seqpar.kernels.launch import Launch
 from seqpar.kernels.passes import Passes, Traces, products, traced, ungroup
 from seqpar.kernels.pieces import Late, Pieces
+from seqpar.kernels.strides import named
 from seqpar.kernels.transition import Dense, Transition
 from seqpar.kernels.tuned import (
     HOPPER_WIDTHS,
@@ -186,12 +187,10 @@ class DeltaPrepared:
         """For U, and R if wanted, or summaries, of the pieces in `table`."""
 
         def make() -> Launch:
-            strides = (x.stride()[:3] for x in (self.minus, self.v, self.beta, self.passes.gate))
-            numbers = [*self._counts(entering), *(stride for x in strides for stride in x)]
-            given = self._constants | {"SUMMARY": summary, "RESIDUAL": residual}
             columns = (x.shape[4] for x in ((A, B) if summary else (B,)))
             blocks = sum(ceil_div(count, self._config.columns) for count in columns)
-            return Launch(walk_kernel, blocks * self._programs(table), numbers, **given)
+            given = self._values(entering, v=self.v) | {"SUMMARY": summary, "RESIDUAL": residual}
+            return Launch(walk_kernel, blocks * self._programs(table), **given)
 
         kind = "walk", summary, residual, entering.shape[1]
         walk = self.passes.calls.once(kind, make)
@@ -213,12 +212,9 @@ class DeltaPrepared:
         """For dX and shares of dβ, or summaries, of the pieces in `table`."""
 
         def make() -> Launch:
-            tensors = self.q, self.minus, do, self.beta, self.passes.gate
-            strides = (s for x in tensors for s in x.stride()[:3])
-            numbers = [self.scale, *self._counts(leaving), *strides]
-            given = self._constants | {"SUMMARY": summary}
             blocks = ceil_div(self.v.shape[3], self._config.columns)
-            return Launch(walk_back_kernel, blocks * self._programs(table), numbers, **given)
+            given = self._values(leaving, o=do) | {"SUMMARY": summary}
+            return Launch(walk_back_kernel, blocks * self._programs(table), **given)
 
         walk = self.passes.calls.once(("walk back", summary, leaving.shape[1]), make)
         inputs = self.q, self.plus, self.minus, do, r, self.beta, self.passes.gate
@@ -265,20 +261,16 @@ class DeltaPrepared:
         saved, shares, flows = traced(traces, "dk", adjoints)
 
         def make() -> Launch:
-            tensors = do, self.q, self.plus, passes.gate
-            strides = (s for x in tensors for s in x.stride()[:3])
-            blocks = len(passes.blocks)
-            numbers = [self.scale, *self._counts(adjoints), saved.shape[1], blocks, *strides]
             config = self._keys_config
-            given = self._constants | {
+            given = self._values(adjoints, o=do) | {
+                "saves": saved.shape[1],
                 "BK": config.columns,
                 "BV": config.rows,
-                "SPAN": passes.block,
                 "num_warps": config.warps,
                 "STAGES": config.stages,
             }
             programs = self._key_lines * self._programs(passes.table)
-            return Launch(keys_kernel, programs, numbers, **given)
+            return Launch(keys_kernel, programs, **given)
 
         keys = passes.calls.once(("keys", adjoints.shape[1]), make)
         tensors = u, do, dx, self.q, self.plus, d_plus, dk, passes.gate, adjoints, saved
@@ -301,16 +293,9 @@ class DeltaPrepared:
         )
 
         def make() -> Launch:
-            strides = (s for x in (self.minus, self.beta, passes.gate) for s in x.stride()[:3])
-            given = self._constants
-            kept = ("HEADS", "GROUP", "DK", "BK", "C", "DECAY", "OPERAND", "PRECISION")
-            return Launch(
-                solve_kernel,
-                len(table) * (chunk // PART) * heads * batch,
-                [batch, tokens, len(table), *strides],
-                **{name: given[name] for name in kept},
-                num_warps=1,
-            )
+            programs = len(table) * (chunk // PART) * heads * batch
+            given = self._values(self.v) | {"chunks": len(table), "num_warps": 1}
+            return Launch(solve_kernel, programs, **given)
 
         levels = table if passes.frames is None else passes.frames.levels
         solve = passes.calls.once("solve", make)
@@ -323,29 +308,36 @@ class DeltaPrepared:
         found = self.passes.frames
         return self.passes.framed if found is None else (found.halves, *found.parts)
 
-    def _counts(self, states: Tensor) -> tuple[int, ...]:
-        """batches, tokens, pieces, chunks, slots."""
-        chunks = 0 if self.passes.frames is None else self.passes.frames.levels.shape[1]
-        return *self.v.shape[:2], len(self.passes.table), chunks, states.shape[1]
-
     def _programs(self, table: Tensor) -> int:
         """One for each head of each piece in `table`."""
         return self.v.shape[0] * self.v.shape[2] * len(table)
 
-    @property
-    def _constants(self) -> dict[str, Any]:
+    def _values(self, states: Tensor, **more: Tensor) -> dict[str, Any]:
+        """Numbers and constants of all kernels, by name.
+
+        states: those the kernel reads, any tensor if none. more: tensors whose strides some take.
+        """
+        passes, (batch, tokens, heads, V) = self.passes, self.v.shape
         config = self._config
-        heads = self.v.shape[2]
         operand, precision = products(self.v.dtype)
         return {
+            "scale": self.scale,
+            "batches": batch,
+            "tokens": tokens,
+            "pieces": len(passes.table),
+            "chunks": passes.chunks,
+            "slots": states.shape[1],
+            "blocks": len(passes.blocks),
+            **named(q=self.q, k=self.minus, b=self.beta, g=passes.gate, **more),
             "HEADS": heads,
             "GROUP": heads // self.q.shape[2],
             "DK": self.minus.shape[3],
-            "DV": self.v.shape[3],
+            "DV": V,
             "BK": config.rows,
             "BV": config.columns,
-            "C": self.passes.chunk,
-            "DECAY": "frames" if self.passes.decay == "diagonal" else self.passes.decay,
+            "C": passes.chunk,
+            "SPAN": passes.block,
+            "DECAY": "frames" if passes.decay == "diagonal" else passes.decay,
             "OPERAND": operand,
             "PRECISION": precision,
             "STAGES": config.stages,

@@ -158,7 +158,11 @@ class Handover(Once):
             launch = Launch(
                 handover_kernel,
                 min(tiles, PROGRAMS),
-                [tiles, slot, self._limit, source, target],
+                tiles=tiles,
+                slot=slot,
+                limit=self._limit,
+                source=source,
+                target=target,
                 K=self._shape[-2],
                 V=self._shape[-1],
                 BK=rows,

@@ -24,7 +24,7 @@ def compile_for(
 ) -> None:
     constants: dict[str, object] = {"GATE": gate, "STRICT": strict, "SPLIT": split}
     constants["EXACT"] = strict
-    constants |= {"SPAN": 512, "STAGES": 3}
+    constants |= {"SPAN": 512}
     constants |= {f"{x}_GROUP": 2 for x in "XYZW"}
     wide = {"out", "out_pointer"} if decay == "value" else set()  # whose output is fp32
     build(run_hopper_kernel, dim, decay, reverse, constants, wide)
@@ -38,8 +38,7 @@ def build(
     constants: dict[str, object],
     wide: set[str],
 ) -> None:
-    constants |= {"HEADS": 4, "DY": dim, "DZ": dim, "C": CHUNK}
-    constants |= {"DECAY": decay, "REVERSE": reverse, "num_warps": dim // 16}
+    constants |= {"HEADS": 4, "DY": dim, "DZ": dim, "DECAY": decay, "REVERSE": reverse}
     names = kernel.arg_names
     signature = {}
     for name in names:

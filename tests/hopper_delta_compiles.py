@@ -11,7 +11,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from seqpar.kernels.hopper import CHUNK
-from seqpar.kernels.hopper_delta import REGISTERS
 from seqpar.kernels.hopper_keys_kernels import keys_hopper_kernel
 from seqpar.kernels.hopper_scan_kernels import scan_hopper_kernel
 from seqpar.kernels.hopper_solve_kernels import solve_hopper_kernel
@@ -62,9 +61,9 @@ def compile_for(
 
 
 def main() -> None:
-    whole = {"DK": 128, "DV": 128, "C": CHUNK}
+    whole = {"DK": 128, "DV": 128}
     k, v = dict.fromkeys(("w", "minus", "plus", "q"), 128), dict.fromkeys(("v", "u", "r"), 64)
-    walk = {"PARTS": 2, "REGISTERS": REGISTERS, "maxnreg": 168}
+    walk = {"PARTS": 2, "maxnreg": 168}
     back = dict.fromkeys(("q", "plus", "minus", "do", "r", "dx"), 128) | {"solved": 64}
     keys = dict.fromkeys(("u", "do", "dx", "q", "plus", "d_plus", "out"), 128)
     for decay in ("none", "scalar", "frames"):
@@ -72,15 +71,15 @@ def main() -> None:
         compile_for(solve_hopper_kernel, solve, 4, set(), DK=128, DECAY=decay)
         for summary in (False, True):
             more: dict[str, Any] = whole | walk | {"DECAY": decay, "SUMMARY": summary}
-            more |= {"RESIDUAL": not summary, "STAGES": 3 if summary else 2}
+            more |= {"RESIDUAL": not summary}
             tiles = {name: k[name] for name in ("w", "minus")} | v | {"solved": 64}
             compile_for(walk_hopper_kernel, tiles, 4, set(), **more)
-        more = whole | {"DECAY": decay, "STAGES": 2, "num_warps": 8}
+        more = whole | {"DECAY": decay}
         compile_for(walk_back_hopper_kernel, back, 8, set(), SUMMARY=False, **more)
         wide = {"out", "out_pointer", "d_plus"} if decay == "frames" else set()
         compile_for(keys_hopper_kernel, keys, 8, wide, SPAN=512, **more)
     for transposed in (False, True):
-        scan: dict[str, Any] = {"DK": 128, "DV": 128, "STEP": 1, "STORE": True, "num_warps": 8}
+        scan: dict[str, Any] = {"DK": 128, "DV": 128, "STEP": 1, "STORE": True}
         ends = {"A", "arriving", "states"}
         compile_for(
             scan_hopper_kernel, {"A": 128}, 8, ends, rows=128, TRANSPOSED=transposed, **scan

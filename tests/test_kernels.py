@@ -15,6 +15,7 @@ from seqpar.kernels.delta import DELTA
 from seqpar.kernels.linear import DECAYED_LINEAR, LINEAR
 from seqpar.kernels.pieces import Pieces
 from seqpar.kernels.scores import decayed_scores
+from seqpar.kernels.strides import dense
 from seqpar.kernels.transition import Decay, Dense, Identity, Transition
 
 BATCH, HEADS, K, V = 2, 2, 6, 5
@@ -150,3 +151,13 @@ def test_the_algebra_is_associative_and_has_the_adjoint(transition: Transition, 
     if leaf.numel():
         (expected,) = torch.autograd.grad((transition.apply(leaf, y) * x).sum(), leaf)
         assert_close("dA", transition.gradient(A, x, y), expected, 1e-12)
+
+
+@pytest.mark.parametrize("heads", [16, 17])
+def test_heads_that_32_bits_cannot_tell_apart_are_copied(heads: int) -> None:
+    tokens, dim = 2**20, 128
+    strides = (heads * tokens * dim, dim, tokens * dim, 1)
+    x = torch.empty_strided((1, tokens, heads, dim), strides, device="meta")
+    copied = dense(x) is not x
+    assert copied == (heads == 17)
+    assert not copied or dense(x).is_contiguous()
