@@ -290,16 +290,6 @@ class SequenceMixer(MegatronModule, ABC):
                 )
 
 
-def heads_of_keys(num_heads: int, key_heads: int) -> tuple[int, int]:
-    """Heads of queries and keys (0: as many as of values), and the heads of values that share each.
-
-    Raises:
-        ValueError: if they do not divide, with the nearest that do.
-    """
-    check_divides("key_heads", key_heads or num_heads, "num_heads", num_heads)
-    return key_heads or num_heads, num_heads // (key_heads or num_heads)
-
-
 class _Linear(ColumnParallelLinear):
     """Megatron's, which can also give some heads alone, and what it has for each in two products.
 
