@@ -235,7 +235,7 @@ class Communicator:
 
     def all_reduce(self, x: Tensor, op: str = "sum", kind: str = "other") -> Tensor:
         """The elementwise `op` ("sum", "max" or "min") of `x` over ranks, as a new tensor."""
-        out = x.clone()
+        out = x.clone(memory_format=torch.contiguous_format)  # as NCCL demands
         moved = x.numel() * x.element_size() * 2 * (self.size - 1) // self.size
         self.count(kind, moved, moved)
         if self.size == 1:

@@ -28,13 +28,13 @@ class Ended:
 def run_on_gpus(
     module: str,
     function: str,
-    *,
+    *args: str,
     size: int = 2,
     timeout: float = 300.0,
     group_timeout: float = 120.0,
     survivors: list[int] | None = None,
 ) -> list[Ended]:
-    """Call `function(rank, size)` of test module `module` on `size` ranks; how each one ended.
+    """Call `function(rank, size, *args)` of test module `module` on `size` ranks; how each ended.
 
     survivors: the ranks to wait for, all by default; the others are killed then. group_timeout: of
     the NCCL process group. Ranks that have not ended after `timeout` seconds are killed.
@@ -54,7 +54,7 @@ def run_on_gpus(
             outputs.append(open(f"{folder}/{rank}", "w+"))  # noqa: SIM115
             ranks.append(
                 subprocess.Popen(
-                    [sys.executable, __file__, *words],
+                    [sys.executable, __file__, *words, *args],
                     env=environment,
                     stdout=outputs[-1],
                     stderr=subprocess.STDOUT,
@@ -82,8 +82,8 @@ def run_on_gpus(
 
 
 def main() -> None:
-    """One rank: MODULE FUNCTION RANK SIZE STORE TIMEOUT."""
-    module, function, rank, size, store, timeout = sys.argv[1:]
+    """One rank: MODULE FUNCTION RANK SIZE STORE TIMEOUT ARGS."""
+    module, function, rank, size, store, timeout, *args = sys.argv[1:]
     torch.set_num_threads(1)
     cuda = torch.cuda.is_available()  # without, to try the tests themselves, as far as that goes
     if cuda:
@@ -95,7 +95,7 @@ def main() -> None:
         world_size=int(size),
         timeout=timedelta(seconds=float(timeout)),
     )
-    getattr(importlib.import_module(module), function)(int(rank), int(size))
+    getattr(importlib.import_module(module), function)(int(rank), int(size), *args)
     dist.barrier()
     dist.destroy_process_group()
 

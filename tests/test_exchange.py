@@ -178,6 +178,17 @@ def test_auto_takes_what_keeps_a_rank_waiting_least() -> None:
     assert many.name in str(many)
 
 
+def test_sums_over_ranks_are_contiguous() -> None:
+    """NCCL takes nothing else, gloo does: gradients of weights may lie otherwise."""
+    x = torch.arange(6.0).view(2, 3).t()
+
+    def work(rank: int) -> tuple[bool, bool]:
+        found = Communicator(torch.distributed.group.WORLD).all_reduce(x)
+        return found.is_contiguous(), torch.equal(found, 2 * x)
+
+    assert run_ranks(work, 2) == [(True, True)] * 2
+
+
 def test_measured_figures_replace_what_latencies_suggest() -> None:
     chain, state = Layout(8, 8).chain, 1 << 20
     usual = choose("auto", chain, Links((0,) * 8), 0, state)

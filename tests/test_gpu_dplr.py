@@ -145,7 +145,7 @@ def test_a_chain_of_pieces_equals_the_uncut_run(dtype: torch.dtype) -> None:
     """Through (A, B) of twelve pieces, forwards and backwards, with states at both ends."""
     given = inputs((700, 1, 2, 64, 64), 0.6)
     do = (torch.randn_like(given["v"]) * 4).round() / 4
-    ends = [torch.randn(1, 1, 2, 64, 64, device=DEVICE) for _ in range(2)]
+    ends = [torch.randn(len(do), 1, 2, 64, 64, device=DEVICE) for _ in range(2)]
 
     def run(cuts: list[int], dtype: torch.dtype) -> list[Tensor]:
         precise = torch.promote_types(dtype, torch.float32)

@@ -112,7 +112,8 @@ def test_the_general_kernels_are_right_where_hopper_has_its_own(
 
 @pytest.mark.parametrize("decay", WIDTHS)
 def test_documents_and_zigzag_ranges_of_one_rank(decay: str) -> None:
-    given = inputs(decay, (1000, 2, 1, 128, 128), 0.3)
+    given = inputs(decay, (1000, 16, 1, 128, 128), 0.3)
+    given = {name: x[:1] for name, x in given.items()}
     do = torch.randn_like(given["v"])
     documents = [0, 1, 70, 500, 564, 1000]
 

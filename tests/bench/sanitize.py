@@ -4,6 +4,8 @@ PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m tes
 compute-sanitizer --tool racecheck python -m tests.bench.sanitize
 
 Most of the time goes into compiling: --share 0/6 to 5/6 cut the runs over processes side by side.
+--control runs the kernel of sanitize_kernels.py instead: what racecheck says of it, it says of
+handovers by mbarriers that are right.
 """
 
 import argparse
@@ -15,6 +17,9 @@ import torch
 
 import seqpar
 from seqpar import Layout, SequenceParallel
+from seqpar.kernels.hopper import tiles
+
+from .sanitize_kernels import handover_kernel
 
 # tokens, heads of q and k, of v, K, V, where documents begin and end
 Case = tuple[int, int, int, int, int, list[int] | None]
@@ -28,9 +33,14 @@ CASES: list[Case] = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--share", default="0/1", help="every Nth run from the Ith on: I/N")
-    first, every = map(int, parser.parse_args().share.split("/"))
+    parser.add_argument("--control", action="store_true", help="a handover that is right")
+    args = parser.parse_args()
+    first, every = map(int, args.share.split("/"))
     if not torch.cuda.is_available():
         raise SystemExit("tests.bench.sanitize needs an NVIDIA GPU")
+    if args.control:
+        hand_over()
+        return
     os.environ["SEQPAR_KERNELS"] = "triton"  # all that there are
     runs = product((torch.bfloat16, torch.float32), CASES, ("none", "scalar", "diagonal"))
     for dtype, case, decay in list(runs)[first::every]:
@@ -63,6 +73,18 @@ def run(dtype: torch.dtype, case: Case, decay: str) -> None:
         torch.cuda.synchronize()
         if not all(torch.isfinite(x).all() for x in (o, *gradients)):
             raise SystemExit(f"not finite: {dtype}, {tokens} tokens, {decay} decay")
+
+
+def hand_over(size: int = 256, count: int = 20) -> None:
+    right = torch.arange(size) * count + count * (count - 1) // 2
+    numbers = torch.zeros(1, 64, 1, 64, dtype=torch.bfloat16, device="cuda")
+    for way in ("arrives", "expects nothing", "expects a tile"):
+        print(f"the warpgroup that gives {way}", flush=True)
+        out = torch.empty(size, dtype=torch.int32, device="cuda")
+        handover_kernel[(4,)](*tiles(numbers)(numbers), out, count, size, way, num_warps=4)
+        if not torch.equal(out.cpu().long(), right):
+            raise SystemExit("the handover is wrong")
+    print("the handovers are right")
 
 
 if __name__ == "__main__":
