@@ -95,6 +95,22 @@ def hybrid_stack(layers: dict[str, Any], norm: type) -> Any:
     return ModuleSpec(stack, submodules=submodules(**taken))
 
 
+def calling(parent: type, **functions: Any) -> type:
+    """A subclass whose methods call these functions in the place of Megatron's of those names."""
+    methods = {
+        name: types.FunctionType(
+            method.__code__,
+            {**method.__globals__, **functions},
+            name,
+            method.__defaults__,
+            method.__closure__,
+        )
+        for name, method in vars(parent).items()
+        if inspect.isfunction(method) and not {*functions}.isdisjoint(method.__code__.co_names)
+    }
+    return type(parent.__name__, (parent,), methods)
+
+
 def asynchronous_save_options() -> dict[str, Any]:
     """Arguments of `dist_checkpointing.save` that ask for Megatron's own files, where it asks."""
     from megatron.core import dist_checkpointing

@@ -15,6 +15,7 @@ from torch import Tensor
 from seqpar.comm import Communicator
 from seqpar.kept import kept
 from seqpar.models import compat
+from seqpar.models.dispatch import permute, unpermute
 from seqpar.models.experts import Experts
 
 compat.define_missing_names()
@@ -95,7 +96,17 @@ class Router(TopKRouter):
         return counts, tokens
 
 
+class MoE(MoELayer):
+    """Megatron's MoE layer; its tokens go to experts and come back by gathers."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        dispatcher: Any = self.token_dispatcher
+        by_gathers = compat.calling(type(dispatcher), permute=permute, unpermute=unpermute)
+        dispatcher.__class__ = by_gathers
+
+
 def moe_spec() -> ModuleSpec:
-    """Megatron's MoE layer with this router, and its experts as grouped products."""
+    """The MoE layer with this router, and its experts as grouped products."""
     experts = ModuleSpec(module=Experts)
-    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=Router))
+    return ModuleSpec(module=MoE, submodules=MoESubmodules(experts=experts, router=Router))

@@ -3,6 +3,7 @@
 import math
 import re
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron_setup import Rank, Setting, tiny
 from torch import Tensor
 
 from seqpar.kernels.gate import gated_silu
 from seqpar.kernels.grouped import _Grouped, grouped_linear
+from seqpar.models.dispatch import permute, unpermute
 from seqpar.models.experts import Experts
 
 COUNTS = [[3, 0, 5, 1], [0, 0, 9, 0], [0, 0, 0, 0]]
@@ -152,3 +155,57 @@ def refusal(rank: int, field: dict[str, Any]) -> str:
     with pytest.raises(ValueError, match="with num_moe_experts") as error:
         Rank(tiny("G"), Setting(config=field))
     return str(error.value)
+
+
+def routed(tokens: int, experts: int, most: int) -> Tensor:
+    """Each token to 0 to `most` experts; the last expert to none."""
+    draw = torch.rand(tokens, experts)
+    draw[:, -1] = 2
+    ranks = draw.argsort(1).argsort(1)
+    return ranks < torch.randint(0, most + 1, (tokens, 1))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 50])
+def test_tokens_go_and_come_back_as_by_megatron(tokens: int) -> None:
+    """Rows and their probabilities, in order, the sums of rows, and the gradients of all."""
+    torch.manual_seed(2)
+    chosen = routed(tokens, 6, 3)
+    rows = int(chosen.sum())
+    given = [torch.randn(tokens, 4).double(), torch.rand(tokens, 6).double()]
+    weight, d_probs, dy = torch.randn(rows, 4), torch.randn(rows), torch.randn(tokens, 4)
+    found = []
+    for go, back in ((moe_utils.permute, moe_utils.unpermute), (permute, unpermute)):
+        x, probs = (leaf.clone().requires_grad_() for leaf in given)
+        there, share, order, *_ = go(x, chosen, probs=probs, num_out_tokens=rows)
+        y = back(there * weight, order, restore_shape=x.shape, routing_map=chosen)
+        gradients = torch.autograd.grad([y, share], [x, probs], [dy.double(), d_probs.double()])
+        found.append([there.detach(), share.detach(), y.detach(), *gradients])
+    for name, one, other in zip(("rows", "probs", "y", "dx", "d_probs"), *found, strict=True):
+        assert one.shape == other.shape
+        if tokens == 50:
+            assert_close(name, other, one, 1e-12)
+
+
+def test_sums_of_rows_are_rounded_once() -> None:
+    """In bf16 Megatron adds 1 to 256 in vain, as often as there are experts."""
+    chosen = torch.ones(1, 5, dtype=torch.bool)
+    there, _, order, *_ = permute(torch.ones(1, 3).bfloat16(), chosen, num_out_tokens=5)
+    there = there * torch.tensor([[256.0], [1], [1], [1], [1]]).bfloat16()
+    y = unpermute(there, order, restore_shape=torch.Size([1, 3]))
+    assert y.dtype == torch.bfloat16
+    assert (y == 260).all()
+
+
+@pytest.mark.parametrize("kind", ["alltoall", "allgather"])
+def test_layers_send_tokens_by_gathers(kind: str) -> None:
+    def work(rank: int) -> list[str]:
+        config = {"moe_token_dispatcher_type": kind}
+        state = Rank(tiny("G"), Setting(config=config))
+        layer = state.network.decoder.layers[0].mlp
+        ours = mock.patch("seqpar.models.dispatch._Spread.apply", side_effect=KeyError("spread"))
+        with ours, pytest.raises(KeyError, match="spread"):
+            layer(torch.randn(5, 1, 16))
+        return [base.__name__ for base in type(layer.token_dispatcher).__mro__[:2]]
+
+    [[own, parent]] = run_ranks(work, 1)
+    assert own == parent

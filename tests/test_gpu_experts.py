@@ -99,6 +99,37 @@ def test_experts_and_all_gradients_equal_fp64(name: str, dtype: torch.dtype) -> 
             assert off <= max(2 * usual, LEAST[dtype]), f"{key}: {off:.2e}, usual {usual:.2e}"
 
 
+def test_tokens_go_and_come_back_alike_each_time_and_the_host_does_not_wait() -> None:
+    """32K tokens, 8 of 64 experts each, in bf16, against fp64; no atomics decide on the bits."""
+    pytest.importorskip("megatron.core", reason="needs megatron-core")
+    from seqpar.models.dispatch import permute, unpermute
+
+    tokens, hidden, most = 1 << 15, 256, 8
+    probs = torch.rand(tokens, 64, device="cuda")
+    chosen = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, probs.topk(most)[1], True)
+    x = torch.randn(tokens, hidden, device="cuda").bfloat16()
+    weight = torch.randn(tokens * most, 1, device="cuda")
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_(), probs.requires_grad_()]
+        rows, share, order, *_ = permute(
+            leaves[0], chosen, probs=leaves[1], num_out_tokens=most * tokens
+        )
+        y = unpermute((rows * share[:, None] * weight).to(dtype), order, restore_shape=x.shape)
+        return [y.detach(), *torch.autograd.grad(y, leaves, x.flip(0).to(dtype))]
+
+    run(torch.bfloat16)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found, again = run(torch.bfloat16), run(torch.bfloat16)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    right = run(torch.float64)
+    for name, one, two, exact in zip(("y", "dx", "d_probs"), found, again, right, strict=True):
+        assert torch.equal(one, two), f"{name} differs between two runs"
+        assert error(one.double(), exact.double()) < 4e-3, name
+
+
 def test_the_host_does_not_wait() -> None:
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("PyTorch's grouped product is taken on Hopper only")

@@ -1,4 +1,4 @@
-"""Time of the experts of one layer on one GPU, as grouped products and one after the other.
+"""Time of the experts of one layer on one GPU, and of the tokens' way to them and back.
 
     python -m tests.bench.experts
 
@@ -7,10 +7,14 @@ the same with 8 of the 64 on this GPU, as with expert parallelism, and with expe
 unequally many tokens. Medians over CUDA events, in which the GPU may wait for the host, and what
 the host takes to launch; the products' arithmetic over the first. Beside them the same products
 with one expert for all rows, the most that can be reached.
+
+To them and back: a row for each of a token's 8 experts and the sum of these, by gathers
+(seqpar/models/dispatch.py) and by Megatron's permutation. Each row is moved four times, both ways.
 """
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +78,33 @@ def main() -> None:
             case = f"{experts} experts{', uneven' if uneven else ''}"
             rate = flops / times[1] / 1e9
             print(f"{case:18} {name:10}", *(f"{x:8.2f}" for x in times), f"{rate:8.0f}", flush=True)
+    on_the_way()
+
+
+def on_the_way() -> None:
+    """Tokens to experts and back: without the experts, and with no exchange between GPUs."""
+    from megatron.core.transformer.moe import moe_utils
+
+    from seqpar.models.dispatch import permute, unpermute
+
+    tokens, top, experts = ROWS // 8, 8, 64
+    probs = torch.rand(tokens, experts, device="cuda")
+    chosen = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, probs.topk(top)[1], True)
+    x = torch.randn(tokens, HIDDEN, device="cuda").bfloat16()
+    inputs = [x.requires_grad_(), probs.requires_grad_()]
+    ways = {
+        "gathers": (permute, unpermute),
+        "Megatron's": (moe_utils.permute, moe_utils.unpermute),
+    }
+    for name, (go, back) in ways.items():
+
+        def way(x: Tensor, probs: Tensor, _: Tensor, go: Any = go, back: Any = back) -> Tensor:
+            rows, share, order, *_rest = go(x, chosen, probs=probs, num_out_tokens=ROWS)
+            y: Tensor = back(rows, order, restore_shape=x.shape, routing_map=chosen)
+            return y + share.sum().to(y.dtype)
+
+        times = measure(way, inputs, chosen)
+        print(f"{'to them and back':18} {name:10}", *(f"{x:8.2f}" for x in times), flush=True)
 
 
 def measure(
