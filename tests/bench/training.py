@@ -1,13 +1,15 @@
 """Linear-MoE's A0.3B-2B on real text, cut in three ways: losses, speed, memory, exchanges.
 
     python -m tests.bench.training --out DIR [--seconds 330] [--steps 50] [--data PREFIX]
-        [--ways one tensor context] [section.key=value ...]
+        [--ways one again tensor context] [section.key=value ...]
 
 The text is the Python standard library's, in 16K kinds of tokens learned from it; it is prepared at
 PREFIX if it is not there (--prepare does nothing else). Each way is a run of seqpar.launch.train by
 torchrun, from the same weights, with an equal share of the time that is left; one that runs out of
-it or of memory is told by what it did until then. DIR gets losses.csv, table.md and, where
-matplotlib is, the plot losses.png; --report makes them anew from the runs in DIR.
+it or of memory is told by what it did until then. `again` is one GPU once more, from weights that
+differ by what bf16 rounds off: what losses of other ways may differ by. DIR gets losses.csv,
+table.md and, where matplotlib is, the plot losses.png; --report makes them anew from the runs in
+DIR. Each run's folder has kernels.txt, what took longest in one step.
 
 exchanging: share of one step, profiled on rank 0, in which the GPU sends or receives, or waits for
 others to; exposed: in which it does nothing else.
@@ -16,6 +18,7 @@ others to; exposed: in which it does nothing else.
 import argparse
 import csv
 import json
+import math
 import os
 import queue
 import re
@@ -43,6 +46,7 @@ WARM = 6  # steps before those that are timed
 # ranks, settings; experts are recomputed so that one GPU of 80 GB holds it all
 WAYS = {
     "one": (1, ["parallel.context=1"]),
+    "again": (1, ["parallel.context=1"]),  # from weights that differ by a rounding: the noise
     "tensor": (2, ["parallel.tensor=2", "parallel.context=1"]),
     "context": (2, ["parallel.context=2", "parallel.expert=2"]),
 }
@@ -110,6 +114,9 @@ def one_rank(words: list[str]) -> None:
             folder = Path(run.config.log.folder)
             trace = folder / "trace.json"
             profiler.export_chrome_trace(str(trace))
+            where = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+            table = profiler.key_averages().table(where, row_limit=40, max_name_column_width=70)
+            (folder / "kernels.txt").write_text(table)
             found = {"memory": most, "device": device_name(), **shares(trace, seconds)}
             (folder / "profiled.json").write_text(json.dumps(found) + "\n")
         return result
@@ -134,6 +141,10 @@ def begin_alike(run: Any) -> None:
     weights = stage.module.sharded_state_dict()
     if run.control.broadcast_object(folder.exists()):
         stage.module.load_state_dict(dist_checkpointing.load(weights, str(folder)))
+        if Path(run.config.log.folder).name == "again":
+            torch.manual_seed(1)
+            for p in stage.parameters():
+                p.data.addcmul_(p.data, torch.randn_like(p), value=2**-9)
         run.optimizer.reload_model_params()
         return
     if run.control.rank == 0:
@@ -260,14 +271,15 @@ def report(out: Path) -> None:
 
 
 HEAD = """\
-| way | ranks | settings | steps | loss, first and last | most from one | tokens/s | memory, GB \
-| exchanging | exposed | |
+| way | ranks | settings | steps | loss, first and last | from one: most, rms | tokens/s \
+| memory, GB | exchanging | exposed | |
 |---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def row(ran: Ran, one: list[float]) -> str:
     ranks, settings = WAYS[ran.way]
     apart = [abs(own - other) for own, other in zip(ran.losses, one, strict=False)]
+    rms = math.sqrt(sum(x * x for x in apart) / max(1, len(apart)))
     profiled = ran.profiled
     cells = [
         ran.way,
@@ -275,7 +287,7 @@ def row(ran: Ran, one: list[float]) -> str:
         " ".join(word.removeprefix("parallel.") for word in settings),
         str(len(ran.losses)),
         f"{ran.losses[0]:.4f}, {ran.losses[-1]:.4f}" if ran.losses else "",
-        f"{max(apart):.1e}" if apart and ran.losses is not one else "",
+        f"{max(apart):.1e}, {rms:.1e}" if apart and ran.way != "one" else "",
         f"{ran.speed:,.0f}" if ran.speed else "",
         f"{profiled['memory'] / 1e9:.1f}" if profiled else "",
         f"{profiled['exchanging']:.1%}" if profiled else "",
@@ -292,7 +304,7 @@ def plot(out: Path, found: list[Ran]) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for ran, style in zip(found, ("-", "--", ":"), strict=False):
+    for ran, style in zip(found, ("-", "-.", "--", ":"), strict=False):
         axes.plot(range(1, len(ran.losses) + 1), ran.losses, style, label=ran.way)
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.legend()
