@@ -81,10 +81,11 @@ class _AddUp(torch.autograd.Function):
             again.append((heads, kept))
         with torch.enable_grad():
             last = run(groups[-1], *leaves)
-        total = plus(total, last.detach())
-        assert total is not None
         ctx.plan = run, leaves, tensors[count:], again, get_gradient_edge(last)
-        return total.to(last.dtype)
+        dtype, total = last.dtype, plus(total, last.detach())
+        assert total is not None
+        del last  # as large as what is returned
+        return total.to(dtype)
 
     @staticmethod
     @once_differentiable
@@ -113,7 +114,7 @@ def gradients(edge: GradientEdge, sources: list[Tensor], dy: Tensor) -> list[Ten
 
 def plus(total: Tensor | None, x: Tensor | None) -> Tensor | None:
     """The sum, in fp32 at least; where there is a total, it may be given up for it."""
-    if total is None or x is None:
-        return x if total is None else total
+    if x is None:
+        return total
     precise = torch.promote_types(x.dtype, torch.float32)
-    return total.to(precise).add_(x)
+    return x.to(precise) if total is None else total.to(precise).add_(x)

@@ -73,6 +73,7 @@ class _Loss(torch.autograd.Function):
             total, label = comm.all_reduce(torch.stack([total, own]), kind=KIND)
             logs[at] = total.log() + largest
             losses[at] = logs[at] - label
+            del logits  # before the next chunk's
         ctx.save_for_backward(hidden, weight, labels, logs)
         ctx.plan = chunk_tokens, comm, cut
         return losses.flatten(1)
@@ -94,6 +95,7 @@ class _Loss(torch.autograd.Function):
             d_weight += d_logits.flatten(0, -2).T @ x.flatten(0, -2)
             dx = (d_logits @ weight).movedim(0, 2).contiguous()  # [ranks, tokens, b, h]
             dx = comm.reduce_scatter(dx, KIND).wait() if cut else comm.all_reduce(dx[0], kind=KIND)
+            del chances, d_logits
             d_hidden[first : first + len(dx)] = dx
             first += len(dx)
         return d_hidden, d_weight.to(weight.dtype), None, None, None, None

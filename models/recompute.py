@@ -146,6 +146,7 @@ class Part:
             d_tile.copy_(found)
             # summed in fp32, and handed on as one gradient: Megatron acts on the first that comes
             sums = [plus(total, each) for total, each in zip(sums, own, strict=True)]
+            del found, own  # before the next tile
         typed = zip(sums, self.parameters, strict=True)
         return [dx, *(None if total is None else total.to(p.dtype) for total, p in typed)]
 

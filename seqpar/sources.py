@@ -61,10 +61,12 @@ class Gather:
             if comm.size == 1:
                 self._whole = part.gradients
                 continue
-            ranks = range(comm.size)
-            shards = [layout.shard(part.gradients, rank, dim=3) for rank in ranks]
+            if self._returning:  # what was sent before is free then
+                self._returning[-1].wait()
+            shards = (layout.shard(part.gradients, rank, dim=3) for rank in range(comm.size))
             by_rank = torch.stack([_padded(shard, self._longest) for shard in shards])
             self._returning.append(comm.reduce_scatter(by_rank, KIND))
+            del by_rank
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         if self._whole is not None:
@@ -146,4 +148,5 @@ class Ring:
 
 def _padded(x: Tensor, tokens: int) -> Tensor:
     """x [..., T, D] with zeros up to `tokens`, contiguous: ranks may hold different lengths."""
-    return torch.nn.functional.pad(x, (0, 0, 0, tokens - x.shape[-2])).contiguous()
+    missing = tokens - x.shape[-2]
+    return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x.contiguous()
