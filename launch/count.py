@@ -1,7 +1,7 @@
 """What a run consists of, counted from its configuration alone: parameters, FLOPs, bytes a rank.
 
 Parameters are exact. Activations are what the layers keep for the backward pass, tensor by tensor;
-what comes and goes within a layer is estimated. Documents are taken to be as long as the sequence,
+what comes and goes within a layer is in peak.py. Documents are taken to be as long as the sequence,
 and tokens to be spread evenly over experts. Imports no Megatron.
 """
 
@@ -10,7 +10,6 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 
-from seqpar.cost import GATHERED_HEAD_BYTES
 from seqpar.launch.checks import ALONE, Sizes
 from seqpar.launch.config import Config
 from seqpar.launch.flops import (
@@ -22,16 +21,9 @@ from seqpar.launch.flops import (
     qkv_width,
 )
 from seqpar.models.config import ModelConfig, key_heads, layer_mixers, made_again, resolved
-from seqpar.sources import ROOM
 
 Parts = defaultdict[str, float]
 """Bytes, or seconds, by what they are for."""
-
-RESERVED = 1.5 * 2**30
-"""Bytes of a GPU that CUDA, NCCL and the kernels themselves take."""
-
-FRAGMENTS = 0.05
-"""The part of a GPU's memory that PyTorch holds and cannot use."""
 
 PIECES = 128
 """States of a linear layer that are kept: its heads times the pieces that a rank's tokens are cut
@@ -211,7 +203,7 @@ class Count:
             query, kv = heads * m.softmax_head_dim * e, m.kv_heads * m.softmax_head_dim * e
             traded = query if self.sizes.context > 1 else 0  # on their way to other ranks and back
             return common + (projected + 2 * query + kv + traded + 4 * heads) / tp
-        outputs = 2 * heads * value * e + 4 * heads  # of the recurrence and of its norm
+        outputs = 2 * heads * value * e  # of the recurrence and of its norm
         low, _ = low_rank(m, mixer)
         kept = projected + outputs + low * e
         if mixer in CONVOLVED:
@@ -219,12 +211,12 @@ class Count:
             if m.key_heads < heads:  # values head by head, and what gates them
                 kept += (1 + (mixer == "gated_deltanet")) * heads * value * e
         if mixer in ("gated_deltanet", "kda"):
-            kept += 2 * m.key_heads * (key * e + 4)  # of unit length
+            kept += 2 * m.key_heads * key * e  # of unit length
         kept += {
             "gla": 4 * heads * key,
             "gated_deltanet": 2 * 4 * heads,
             "kda": 4 * heads * (key + 1) + heads * value * e,
-            "mamba2": 2 * 4 * heads + heads * value * e,
+            "mamba2": 4 * 4 * heads + heads * value * e,
             "retention": 2 * heads * key * e,
         }[mixer]
         return common + kept / tp
@@ -236,10 +228,20 @@ class Count:
         common = 2 * self.hidden + 4 / tp
         if not m.num_experts:
             return common + 5 * m.ffn_hidden_size * e / tp
-        shared = self.sizes.expert_tensor  # ranks that gather each other's tokens
-        row = m.hidden_size * shared + 3 * m.moe_ffn_hidden_size  # of a token for an expert
-        router = m.num_experts * 9 + m.moe_top_k * 32
+        row = self.row + 3 * m.moe_ffn_hidden_size
+        router = m.num_experts * 9 + m.moe_top_k * 40 + 8
         return common + (m.moe_top_k * row * e + router) / tp
+
+    @property
+    def row(self) -> float:
+        """Numbers of a token on its way to an expert; ranks that share experts gather theirs."""
+        return self.model.hidden_size * self.sizes.expert_tensor
+
+    @property
+    def _routed_bytes(self) -> float:
+        """Bytes a token that Megatron's dispatcher holds until its layer's next run."""
+        m = self.model
+        return (m.num_experts * 5 + m.moe_top_k * 16 + 8) / self.sizes.tensor
 
     @property
     def state_bytes(self) -> float:
@@ -249,144 +251,79 @@ class Count:
         return 4 * pieces * m.head_dim * m.value_head_dim
 
     @property
-    def _attended_bytes(self) -> float:
+    def attended_bytes(self) -> float:
         """A token's output of softmax attention and its log-sum-exp."""
         m = self.model
         return m.num_heads * (m.softmax_head_dim * self.element + 4) / self.sizes.tensor
 
     # -- memory -----------------------------------------------------------------------------------
 
+    def run_bytes(self, mixers: list[str]) -> tuple[Parts, Parts]:
+        """Bytes that a micro-batch keeps of a run, by kind: on the GPU, and where its input is."""
+        here: Parts = defaultdict(float)
+        inputs: Parts = defaultdict(float)
+        tokens = self.tokens
+        for index, mixer in enumerate(mixers):
+            linear, again = mixer != "softmax", self.again(mixer)
+            kind = "linear mixers" if linear else "softmax mixers"
+            if again:
+                inputs[kind] += 0 if index else tokens * self.hidden
+                if not linear and self.config.memory.keep_attention:
+                    inputs[kind] += tokens * self.attended_bytes
+            else:
+                here[kind] += tokens * self.mixer_bytes(mixer)
+                late = linear and mixer != "kda"
+                if late and self.sizes.context > 1 and self.sizes.tensor == 1:
+                    # projections are made in two products, each with its part of the weight
+                    weight = in_width(self.model, mixer) * self.model.hidden_size
+                    here[kind] += weight * self.element
+            if linear:
+                here[kind] += self.state_bytes * self.groups(mixer)
+            if not self.mlp_again:
+                here[self.mlp] += tokens * self.mlp_bytes
+                continue
+            if not again:
+                inputs[self.mlp] += tokens * self.hidden
+            if self.model.num_experts:
+                here[self.mlp] += tokens / self.tiles * self._routed_bytes
+        return here, inputs
+
+    @cached_property
+    def _leaving(self) -> list[float]:
+        """Bytes of each run's input that waits in the host's memory."""
+        return [total(self.run_bytes(mixers)[1]) for mixers, leaves in self.runs if leaves]
+
+    def on_the_way(self, run: int) -> float:
+        """Of these, what is on the GPU in the backward pass of one of `runs`: its own and the one
+        before it; the last one stays until its turn has come."""
+        last = min(run, len(self._leaving) - 1)
+        return sum(self._leaving[max(0, last - (last == run)) : last + 1])
+
     def kept(self) -> tuple[Parts, float]:
         """Bytes that one micro-batch keeps on the GPU, by kind; and in the host's memory."""
         found: Parts = defaultdict(float)
-        away, twice = 0.0, 0.0  # in the host's memory; the most of one run of it
-        tokens = self.tokens
         for mixers, leaves in self.runs:
-            inputs: Parts = defaultdict(float)
-            for index, mixer in enumerate(mixers):
-                linear, again = mixer != "softmax", self.again(mixer)
-                kind = "linear mixers" if linear else "softmax mixers"
-                if again:
-                    inputs[kind] += 0 if index else tokens * self.hidden
-                    if not linear and self.config.memory.keep_attention:
-                        inputs[kind] += tokens * self._attended_bytes
-                else:
-                    found[kind] += tokens * self.mixer_bytes(mixer)
-                    late = linear and mixer != "kda"
-                    if late and self.sizes.context > 1 and self.sizes.tensor == 1:
-                        # projections are made in two products, each with its part of the weight
-                        weight = in_width(self.model, mixer) * self.model.hidden_size
-                        found[kind] += weight * self.element
-                if linear:
-                    found[kind] += self.state_bytes * self.groups(mixer)
-                if not self.mlp_again:
-                    found[self.mlp] += tokens * self.mlp_bytes
-                elif not again:
-                    inputs[self.mlp] += tokens * self.hidden
-            if leaves:
-                away += sum(inputs.values())
-                twice = max(twice, sum(inputs.values()))
-            else:
-                for part, size in inputs.items():
+            here, inputs = self.run_bytes(mixers)
+            for parts in (here,) if leaves else (here, inputs):
+                for part, size in parts.items():
                     found[part] += size
-        if away:
-            found["on its way to the host"] = min(away, 2 * twice)
-        if "softmax" in self.mixers:
-            found["softmax mixers"] += tokens * 4 * self.model.softmax_head_dim  # cosines, sines
+        if self._leaving:
+            ways = map(self.on_the_way, range(len(self._leaving)))
+            found["on its way to the host"] = max(ways)
+        turned = self.model.softmax_head_dim, self.model.head_dim  # by cosines and sines
+        for mixer, kind, dim in zip(
+            ("softmax", "retention"), ("softmax", "linear"), turned, strict=True
+        ):
+            if mixer in self.mixers:
+                found[f"{kind} mixers"] += self.tokens * 4 * dim
         if self.rank == 0:
-            found["tokens"] += tokens * 8
-        return found, away
-
-    def working(self) -> dict[str, float]:
-        """Bytes that come and go: the most that one layer needs in its backward pass, and the loss.
-
-        Gradients of activations are taken to be as large as the activations.
-        """
-        memory, m = self.config.memory, self.model
-        most = max(map(self._layer_backward, set(self.mixers)), default=0.0)
-        most += max(map(self._restored, self.runs), default=0.0)
-        found = {"a layer's backward pass": most}
-        if self.last:
-            rows = m.vocab_size / self.sizes.tensor
-            chunk = min(memory.loss_tokens or self.tokens, self.tokens)
-            found["loss"] = chunk * rows * (2 * self.element + 4) + self.loss_bytes
-            found["loss"] += rows * m.hidden_size * (4 + self.element) + self.tokens * self.hidden
-        return found
+            found["tokens"] += self.tokens * 8
+        return found, sum(self._leaving)
 
     @property
     def loss_bytes(self) -> float:
         """That the final norm and the loss keep; the backward pass begins with them."""
         return self.tokens * (2 * self.hidden + 28)
-
-    def _restored(self, run: tuple[list[str], bool]) -> float:
-        """What layers that keep no input make of the run, before the last one's backward pass."""
-        mixers, _ = run
-        attended = 0.0
-        if not self.config.memory.keep_attention:
-            attended = mixers[:-1].count("softmax") * self._attended_bytes
-        return self.tokens * ((len(mixers) - 1) * self.hidden + attended)
-
-    def _layer_backward(self, mixer: str) -> float:
-        tokens, hidden = self.tokens, self.tokens * self.hidden
-        # Gradients of all experts come at once; what is made again sums them in fp32 first, and
-        # autograd copies what it is handed.
-        experts = layer_parameters(self.model, mixer, self.sizes).experts
-        experts *= 2 * self.element + 4 if self.mlp_again else self.element
-        mlp = tokens / self.tiles * self.mlp_bytes * (2 if self.mlp_again else 1) + experts
-        heads = tokens * self.mixer_bytes(mixer) - 2 * hidden  # without the input and its norm
-        if not self.again(mixer):
-            return max(heads + 2 * hidden, mlp) + 3 * hidden
-        groups = self.groups(mixer)
-        if groups == 1:  # gradients of both ends, the norm of the mixer's input, that of the MLP's
-            return heads + max(mlp + 4 * hidden, heads + 3 * hidden)
-        # of each tensor-parallel rank all tokens' input and gradients, and the sum of these in fp32
-        whole = hidden * self.sizes.tensor
-        attended = 0.0
-        if mixer == "softmax" and not self.config.memory.keep_attention:
-            attended = tokens * self._attended_bytes * (groups - 1) / groups
-        summing = heads / groups + (3 + 4 / self.element) * whole
-        if self.sizes.tensor > 1:
-            summing += hidden
-        return heads / groups + attended + max(mlp + 3 * hidden + whole, summing)
-
-    def exchange_bytes(self) -> float:
-        """Of keys and values of other ranks, and of gradients of all, in softmax layers."""
-        if "softmax" not in self.mixers:
-            return 0.0
-        heads = max(1, self.model.kv_heads // self.sizes.tensor) // self.groups("softmax")
-        head = 2 * self.model.softmax_head_dim  # numbers of a key and its value
-        if self.sizes.context == 1:
-            return self.tokens * heads * head * 4
-        one = self.config.data.sequence_length * head * (self.element + 4)
-        method = self.config.parallel.softmax
-        if method == "ring" or (method == "auto" and one > GATHERED_HEAD_BYTES):
-            return 3 * self.tokens * heads * head * (self.element + 4)
-        # gathered, in order, and the next already under way; gradients, and by rank
-        at_once = max(1, min(heads // 2, int(ROOM // one)))
-        return self.config.data.sequence_length * at_once * head * (3 * self.element + 8)
-
-    def memory(self) -> dict[str, float]:
-        """Bytes on the GPU by part, at their highest."""
-        own = parameters(self.config, self.sizes, self.rank)
-        half = self.config.train.precision == "bf16"
-        dense_ranks = expert_ranks = 1.0
-        if self.config.optimizer.distributed:
-            stage = self.sizes.data * self.sizes.context * self.sizes.tensor
-            dense_ranks = self.sizes.data * self.sizes.context
-            expert_ranks = stage / (self.sizes.expert * self.sizes.expert_tensor)
-        held = (own.total - own.experts) / dense_ranks + own.experts / expert_ranks
-        found = {
-            "weights": own.total * self.element,
-            "gradients": own.total * 4,
-            "optimizer": held * (12 if half else 8),
-        }
-        kept, _ = self.kept()
-        found |= {f"activations: {kind}": size * self.in_flight for kind, size in kept.items()}
-        working = self.working()
-        found["workspace"] = max(working.values())
-        found["exchange"] = self.exchange_bytes()
-        found["reserved"] = RESERVED + FRAGMENTS * sum(found.values())
-        return found
 
     def host_bytes(self) -> float:
         """Of the host's memory, for what is offloaded."""
@@ -412,3 +349,8 @@ class Count:
     @property
     def loss_flops(self) -> float:
         return 2 * self.model.hidden_size * self.model.vocab_size * self.tokens / self.sizes.tensor
+
+
+def total(parts: Parts) -> float:
+    """Of all parts."""
+    return sum(parts.values())

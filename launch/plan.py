@@ -20,6 +20,7 @@ from seqpar.launch.config import Config, load_config
 from seqpar.launch.count import Count, parameters
 from seqpar.launch.duration import state_exchange, step_seconds
 from seqpar.launch.flops import peak_flops, step_flops
+from seqpar.launch.peak import memory
 from seqpar.launch.terminal import command_parser
 from seqpar.models.config import RECOMPUTED, key_heads, layer_mixers, resolved
 
@@ -90,11 +91,11 @@ class Plan:
     @cached_property
     def fullest(self) -> Count:
         counts = [Count(self.config, self.sizes, rank) for rank in range(self.sizes.pipeline)]
-        return max(counts, key=lambda count: sum(count.memory().values()))
+        return max(counts, key=lambda count: sum(memory(count).values()))
 
     @cached_property
     def memory(self) -> dict[str, float]:
-        return self.fullest.memory()
+        return memory(self.fullest)
 
     @cached_property
     def seconds(self) -> dict[str, float]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import run_ranks
+from hollow import step_bytes
 
 import seqpar
 from seqpar import Layout, SequenceParallel
@@ -19,6 +20,7 @@ from seqpar.launch.config import CONFIGS, Config, load_config
 from seqpar.launch.count import Count
 from seqpar.launch.duration import state_exchange
 from seqpar.launch.flops import state_flops, step_flops
+from seqpar.launch.peak import memory
 from seqpar.models.config import ModelConfig
 
 HYBRID = str(CONFIGS / "hybrid-1.3b.yaml")
@@ -87,7 +89,7 @@ def test_mistakes_are_told(words: list[str], message: str) -> None:
 def test_a_pipeline_rank_without_layers() -> None:
     words = ["parallel.pipeline=2", "parallel.stages=[24,0]"]
     made = plan.make_plan(load_config(HYBRID, words), 2, H200)
-    assert Count(made.config, made.sizes, rank=1).memory()["workspace"] > 0  # of the loss
+    assert memory(Count(made.config, made.sizes, rank=1))["workspace"] > 0  # of the loss
 
 
 def test_a_cluster_of_ones_own(tmp_path: Path) -> None:
@@ -151,6 +153,44 @@ def test_heads_in_groups_are_what_makes_two_million_tokens_a_gpu_fit(
     assert "--gpus" not in found[1]
     assert sum(found[0].memory.values()) < 120 * plan.GIB
     assert plan.search(config, gpus, H200)
+
+
+ALL = "memory.recompute=[linear,softmax,mlp]"
+# GiB that PyTorch had given out at most: 1.3B models on one NVIDIA H200, torch 2.11, triton 3.6,
+# Megatron-Core 0.19.2, `python -m tests.bench.memory` (docs/memory.md)
+PEAKS = [
+    ("LLLN", "1M", f"{ALL} memory.offload_layers=18 memory.head_groups=4", 85.58),
+    ("LLLL", "1M", f"{ALL} memory.offload_layers=18", 100.35),
+    ("LLLL", "1M", f"{ALL} memory.offload_layers=24", 80.33),
+    ("LLLL", "64K", "memory.recompute=[mlp]", 82.12),
+]
+
+
+def measured_step(pattern: str, length: str, words: str) -> plan.Plan:
+    given = [f"model.pattern={6 * pattern}", f"data.sequence_length={length}", *words.split()]
+    given += ["parallel.context=1", "optimizer.distributed=false", "train.global_batch=1"]
+    return plan.make_plan(load_config(HYBRID, given), 1, H200)
+
+
+@pytest.mark.parametrize(("pattern", "length", "words", "peak"), PEAKS)
+def test_peaks_are_those_that_were_measured(
+    pattern: str, length: str, words: str, peak: float
+) -> None:
+    parts = measured_step(pattern, length, words).memory
+    allocated = sum(parts.values()) - parts["reserved"]
+    assert allocated / plan.GIB == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.complete
+@pytest.mark.parametrize(("pattern", "length", "words", "peak"), PEAKS[1:])
+def test_hollow_steps_are_as_large_as_those_that_were_measured(
+    pattern: str, length: str, words: str, peak: float
+) -> None:
+    """The first was measured when sums over groups of heads held one hidden state more."""
+    made = measured_step(pattern, length, words)
+    [(_, most)] = run_ranks(step_bytes, 1, made.config, made.sizes, "meta", timeout=300)
+    held = sum(made.memory[part] for part in ("weights", "gradients", "optimizer"))
+    assert (most + held) / plan.GIB == pytest.approx(peak, rel=0.01)
 
 
 @pytest.mark.parametrize(
