@@ -10,6 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 
+from seqpar.cost import GATHERED_HEAD_BYTES
 from seqpar.launch.checks import ALONE, Sizes
 from seqpar.launch.config import Config
 from seqpar.launch.flops import (
@@ -183,6 +184,13 @@ class Count:
         return min(self.config.memory.head_groups, most) if self.again(mixer) else 1
 
     @property
+    def ring(self) -> bool:
+        """Whether keys and values of softmax layers go from rank to rank, and are not gathered."""
+        method, head = self.config.parallel.softmax, 2 * self.model.softmax_head_dim
+        gathered = self.config.data.sequence_length * head * (self.element + 4)
+        return method == "ring" or (method == "auto" and gathered > GATHERED_HEAD_BYTES)
+
+    @property
     def mlp(self) -> str:
         return "experts" if self.model.num_experts else "MLPs"
 
@@ -201,7 +209,8 @@ class Count:
         projected = in_width(m, mixer) * e
         if mixer == "softmax":
             query, kv = heads * m.softmax_head_dim * e, m.kv_heads * m.softmax_head_dim * e
-            traded = query if self.sizes.context > 1 else 0  # on their way to other ranks and back
+            # on their way to other ranks and back
+            traded = query if self.sizes.context > 1 and not self.ring else 0
             return common + (projected + 2 * query + kv + traded + 4 * heads) / tp
         outputs = 2 * heads * value * e  # of the recurrence and of its norm
         low, _ = low_rank(m, mixer)

@@ -4,7 +4,6 @@ Beside what is kept (count.py) that is what comes and goes in the backward pass 
 the loss: followed tensor by tensor, as a GPU of NVIDIA's Hopper generation has them.
 """
 
-from seqpar.cost import GATHERED_HEAD_BYTES
 from seqpar.kernels.tuned import BLOCK
 from seqpar.launch.count import Count, layer_parameters, parameters, total
 from seqpar.launch.flops import qkv_width
@@ -169,10 +168,8 @@ def exchange_bytes(count: Count) -> float:
     head = 2 * count.model.softmax_head_dim  # numbers of a key and its value
     if count.sizes.context == 1:
         return count.tokens * heads * head * 4
-    one = sequence * head * (element + 4)
-    method = count.config.parallel.softmax
-    if method == "ring" or (method == "auto" and one > GATHERED_HEAD_BYTES):
-        return 3 * count.tokens * heads * head * (element + 4)
+    if count.ring:  # at hand and arriving; five of gradients
+        return count.tokens * heads * head * (2 * element + 20)
     # as gathered, and in order; gradients, by rank, and together to be sent
-    at_once = max(1, min(heads // 2, int(ROOM // one)))
+    at_once = max(1, min(heads // 2, ROOM // (sequence * head * (element + 4))))
     return sequence * at_once * head * (2 * element + 12)

@@ -1,6 +1,7 @@
 """Recorded for a closer look: a profile of chosen steps, the memory of a GPU that is full."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from seqpar.launch.config import Config
 from seqpar.launch.failure import LoneError
+from seqpar.launch.ranks import SETTINGS
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +64,8 @@ def _out_of_memory(config: Config, rank: int, error: torch.OutOfMemoryError) -> 
         "parallel.tensor or parallel.pipeline for the weights",
         f"a shorter data.sequence_length (here {config.data.sequence_length})",
     ]
-    if reserved > 1.2 * used:
-        advice.insert(0, "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, for much is fragmented")
+    if reserved > 1.2 * used and (own := sorted(SETTINGS & os.environ.keys())):
+        advice.insert(0, f"{own[0]} unset, or expandable_segments:True, for much is fragmented")
     history = "" if config.log.memory_history else "; log.memory_history=true adds who allocated it"
     return (
         f"out of GPU memory: {str(error).splitlines()[0]} What may help: "

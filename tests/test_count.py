@@ -175,6 +175,7 @@ SPREAD_STEPS = [
     ("GN", 2, "parallel.context=2"),
     ("NN", 2, f"{ALL} parallel.context=2"),
     ("NG", 2, f"{ALL} parallel.context=2 memory.head_groups=2"),
+    ("NN", 2, f"{ALL} parallel.context=2 parallel.softmax=ring"),
     ("GN", 2, "parallel.tensor=2"),
     ("GN", 2, f"{ALL} parallel.tensor=2 memory.head_groups=2"),
 ]
