@@ -167,39 +167,32 @@ def _scan(
 
     A, B: the summaries [B, N, HV, ...] of those that hand a state on; backwards, A is transposed.
     """
-    ranges = len(pieces.ranges) if sp.exchanges else 0
-    none = B.new_zeros(B.shape[0], ranges, *B.shape[2:])
     if not sp.exchanges:
-        family.scan(A, B, pieces, none, states, backwards=backwards)
+        family.scan(A, B, pieces, None, states, backwards=backwards)
         return _ready(states)
 
-    transition = family.transition
-    whole_B = family.scan(A, B, pieces, none, None, backwards=backwards).transpose(0, 1)
-    passing: list[Tensor | None] = [None] * ranges  # of ranges that a state enters and leaves
-    for run in pieces.backward if backwards else pieces.forward:
-        if run.target is not None and run.source is not None:
-            passing[run.target] = transition.total(A, run.summaries)
-    empty = A.shape[:1] + A.shape[2:]
-    whole_A = _together([A.new_zeros(empty) if x is None else x for x in passing], 0)
+    whole_A, whole_B = family.leave(A, B, pieces, backwards=backwards)
     A_bytes, B_bytes = (x.shape[1:].numel() * x.element_size() for x in (whole_A, whole_B))
     batch, heads, key, value = whole_B.shape[1:]
     work = 2 * batch * heads * CHUNK * (key + value)  # scores and their product with v
     choice = sp.choice(A_bytes, B_bytes, work)
     chain = sp.layout.chain.backwards if backwards else sp.layout.chain
     start = EXCHANGES[choice.name]
-    arriving = start(transition, whole_A, whole_B, chain, sp.comm, **choice.options)
+    arriving = start(family.transition, whole_A, whole_B, chain, sp.comm, **choice.options)
 
     def late() -> Tensor:
-        arrived = [none[:, 0] if state is None else state for state in arriving()]
-        family.scan(A, B, pieces, _together(arrived, 1), states, backwards=backwards)
+        family.scan(A, B, pieces, _together(arriving()), states, backwards=backwards)
         return states
 
     return late
 
 
-def _together(ranges: list[Tensor], dim: int) -> Tensor:
-    """Stacked; one alone is not copied."""
-    return torch.stack(ranges, dim) if len(ranges) > 1 else ranges[0].unsqueeze(dim)
+def _together(arrived: list[Tensor | None]) -> Tensor | None:
+    """[ranges, ...], anything where nothing arrived; one alone is not copied."""
+    any_ = next((state for state in arrived if state is not None), None)
+    if any_ is None or len(arrived) == 1:
+        return any_ if any_ is None else any_[None]
+    return torch.stack([any_ if state is None else state for state in arrived])
 
 
 def _ready(states: Tensor) -> Late:
