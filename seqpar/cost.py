@@ -112,7 +112,8 @@ def choose(
     if wanted == "auto":  # the simplest of those that are about as good as the best
         exposed = {exchange: max(each - hidden, 0.0) for exchange, each in seconds.items()}
         enough = SIMPLER * min(exposed.values())
-        name = next(exchange for exchange, each in exposed.items() if each <= enough)
+        order = ["allscan"] if links.direct else []  # one kernel, no messages, nothing packed
+        name = next(each for each in [*order, *exposed] if exposed[each] <= enough)
     return Choice(name, options.get(name, {}), seconds)
 
 
