@@ -83,7 +83,9 @@ def test_exchanged_bytes_and_tokens_are_counted_once(config: str, tmp_path: Path
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
     assert [line["tokens"] for line in lines if "tokens" in line] == [256, 512]
     assert all(line["bytes_exchanged"] > 0 for line in lines if "loss" in line)
-    assert all({"bytes_state", "waited_state", "bytes_heads"} < set(x) for x in lines if "loss" in x)
+    assert all(
+        {"bytes_state", "waited_state", "bytes_heads"} < set(x) for x in lines if "loss" in x
+    )
     assert "exchanged 0 B" not in text
 
 
