@@ -95,7 +95,8 @@ def specification(**given: Any) -> Tensor:
 def attend(family: Any, sp: Any = None, **given: Tensor) -> Tensor:
     """`seqpar.dplr_attention` by this family, whatever would be chosen."""
     q, k, v = (given.pop(name) for name in "qkv")
-    return recurrence("dplr_attention", family, q, k, v, given, q.shape[3] ** -0.5, sp)()
+    scale = q.shape[3] ** -0.5
+    return recurrence("dplr_attention", family, q, k, v, given, scale, sp, beside=False)()
 
 
 def by_triton(**given: Tensor) -> Tensor:
