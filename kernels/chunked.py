@@ -55,17 +55,41 @@ class Chunked:
     ) -> "_Prepared":
         return _Prepared(self, q, k, v, gates, scale, pieces)
 
+    def leave(
+        self, A: Tensor, B: Tensor, pieces: Pieces, *, backwards: bool
+    ) -> tuple[Tensor, Tensor]:
+        return leave(self.transition, A, B, pieces, backwards=backwards)
+
     def scan(
         self,
         A: Tensor,
         B: Tensor,
         pieces: Pieces,
-        arriving: Tensor,
-        states: Tensor | None,
+        arriving: Tensor | None,
+        states: Tensor,
         *,
         backwards: bool,
-    ) -> Tensor:
-        return scan(self.transition, A, B, pieces, arriving, states, backwards=backwards)
+    ) -> None:
+        scan(self.transition, A, B, pieces, arriving, states, backwards=backwards)
+
+
+def leave(
+    transition: Transition, A: Tensor, B: Tensor, pieces: Pieces, *, backwards: bool
+) -> tuple[Tensor, Tensor]:
+    """`family.Family.leave`, one piece after the other."""
+    ranges = len(pieces.ranges)
+    whole_A, whole_B = (x.new_zeros(ranges, x.shape[0], *x.shape[2:]) for x in (A, B))
+    for run in pieces.runs(backwards):
+        if run.target is None:
+            continue
+        first, *rest = run.summaries
+        total, state = A[:, first], B[:, first]
+        for i in rest:
+            state = transition.apply(A[:, i], state) + B[:, i]
+            if run.source is not None:
+                total = transition.product(A[:, i], total)
+        whole_A[run.target], whole_B[run.target] = total, state
+    return whole_A, whole_B
 
 
 def scan(
@@ -73,28 +97,20 @@ def scan(
     A: Tensor,
     B: Tensor,
     pieces: Pieces,
-    arriving: Tensor,
-    states: Tensor | None,
+    arriving: Tensor | None,
+    states: Tensor,
     *,
     backwards: bool,
-) -> Tensor:
+) -> None:
     """`family.Family.scan`, one piece after the other."""
-    leaving = torch.zeros_like(arriving)
-    for run in pieces.backward if backwards else pieces.forward:
+    for run in pieces.runs(backwards):
+        slots = iter(run.slots)
         state = B.new_zeros(B.shape[0], *B.shape[2:])
         if run.source is not None:
-            state = arriving[:, run.source]
-        slots = iter(run.slots)
-        if states is not None and run.source is not None:
-            states[:, next(slots)] = state
-        for i in run.summaries:
-            state = transition.apply(A[:, i], state) + B[:, i]
-            slot = next(slots, None)
-            if states is not None and slot is not None:
-                states[:, slot] = state
-        if run.target is not None:
-            leaving[:, run.target] = state
-    return leaving
+            assert arriving is not None
+            states[:, next(slots)] = state = arriving[run.source]
+        for i, slot in zip(run.summaries, slots, strict=False):  # none for what leaves
+            states[:, slot] = state = transition.apply(A[:, i], state) + B[:, i]
 
 
 @dataclass(frozen=True)

@@ -77,20 +77,42 @@ class TritonLinear:
         passes = Passes(self.decay, pieces, calls, hopper, chunk, gate, found)
         return _Prepared(passes, scale, given, q, k, v)
 
+    def leave(
+        self, A: Tensor, B: Tensor, pieces: Pieces, *, backwards: bool
+    ) -> tuple[Tensor, Tensor]:
+        table = tables.run_rows(pieces, backwards, B, leave=True)
+        whole_A, whole_B = tables.room_of_ranges(A, B, pieces, table)
+        self._scan(A, B, B, None, whole_A, whole_B, pieces, table, backwards)
+        return whole_A, whole_B
+
     def scan(
         self,
         A: Tensor,
         B: Tensor,
         pieces: Pieces,
-        arriving: Tensor,
-        states: Tensor | None,
+        arriving: Tensor | None,
+        states: Tensor,
         *,
         backwards: bool,
-    ) -> Tensor:
-        leaving = torch.zeros_like(arriving)
+    ) -> None:
+        arriving = B if arriving is None else arriving  # anything
         table = tables.run_rows(pieces, backwards, B)
+        self._scan(A, B, arriving, states, A, B, pieces, table, backwards)
+
+    def _scan(
+        self,
+        A: Tensor,
+        B: Tensor,
+        arriving: Tensor,
+        states: Tensor | None,
+        whole_A: Tensor,
+        whole_B: Tensor,
+        pieces: Pieces,
+        table: Tensor,
+        backwards: bool,
+    ) -> None:
         if not len(table):
-            return leaving
+            return
         filled = B if states is None else states
         calls = plan(pieces, self.decay, states is None, backwards, B, arriving, filled)
 
@@ -104,7 +126,6 @@ class TritonLinear:
                 batches=batch,
                 summaries=summaries,
                 slots=filled.shape[1],
-                ends=arriving.shape[1],
                 HEADS=heads,
                 DY=DY,
                 DZ=DZ,
@@ -116,8 +137,7 @@ class TritonLinear:
                 num_warps=max(1, rows * padded(DZ) // 256),
             )
 
-        calls.once("scan", make)(A, B, arriving, filled, leaving, table)
-        return leaving
+        calls.once("scan", make)(A, B, arriving, filled, whole_A, whole_B, table)
 
 
 @dataclass(frozen=True, slots=True)

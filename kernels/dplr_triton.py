@@ -12,7 +12,7 @@ larger than what is left.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -63,6 +63,7 @@ class _Prepared:
     rule: DeltaPrepared
     pieces: Pieces
     given: tuple[Tensor, ...]
+    _do: Tensor | None = field(default=None, init=False)  # as the second of two, once made
 
     def summarize(self) -> tuple[Tensor, Tensor]:
         return self.rule.summarize()
@@ -71,14 +72,16 @@ class _Prepared:
         return self.rule.run(entering)[:, 1::2].contiguous()
 
     def summarize_backward(self, do: Tensor) -> Tensor:
-        return self.rule.summarize_backward(_second(do))
+        self._do = _second(do)
+        return self.rule.summarize_backward(self._do)
 
     def run_backward(
         self, entering: Tensor, do: Tensor, leaving: Late, wanted: Sequence[bool]
     ) -> list[Tensor | None]:
         q, _, v, *_ = self.given
         passes = self.rule.passes
-        dq, dk, d_plus, dx, _, traces = self.rule.gradients(entering, _second(do), leaving)
+        do = _second(do) if self._do is None else self._do
+        dq, dk, d_plus, dx, _, traces = self.rule.gradients(entering, do, leaving)
         assert passes.frames is not None
         assert traces is not None
         blocks = passes.calls.once(

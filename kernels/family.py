@@ -57,19 +57,27 @@ class Family(Protocol):
     ) -> Prepared:
         """What the functions of one direction share."""
 
+    def leave(
+        self, A: Tensor, B: Tensor, pieces: Pieces, *, backwards: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The map of each range, from those of its pieces: A and B [ranges, B, HV, ...].
+
+        Along `pieces.forward` or, backwards, the other way. B is what leaves the range if nothing
+        enters it; A is of any value where none passes through.
+        """
+
     def scan(
         self,
         A: Tensor,
         B: Tensor,
         pieces: Pieces,
-        arriving: Tensor,
-        states: Tensor | None,
+        arriving: Tensor | None,
+        states: Tensor,
         *,
         backwards: bool,
-    ) -> Tensor:
-        """Hand states from piece to piece, along `pieces.forward` or, backwards, the other way.
+    ) -> None:
+        """Hand states from piece to piece, and fill in `states`: those that enter pieces.
 
-        arriving [B, ranges, HV, K, V]: those that come from other ranks, where a run begins with
-        one. Fills in `states`, those that enter pieces (backwards: gradients of those that leave),
-        unless it is None. Returns what leaves each range [B, ranges, ...], where a run ends so.
+        Backwards, the gradients of those that leave. arriving [ranges, B, HV, K, V]: those that
+        come from other ranks, where a run begins with one; None if none does.
         """

@@ -11,7 +11,7 @@ from seqpar.kernels.launch import Launch
 from seqpar.kernels.once import Once
 from seqpar.kernels.pieces import Pieces
 from seqpar.kernels.strides import named
-from seqpar.kernels.tuned import ceil_div, frame_warps, padded
+from seqpar.kernels.tuned import ceil_div, frame_warps, leave_tile, padded
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def leave(
     d_gate = room(dq, torch.float32)
 
     def make() -> Launch:
-        columns = min(padded(dim), 64 if pairs else 32)  # tiles of many tensors
+        columns, warps = leave_tile(dim, size, pairs)
         return Launch(
             leave_kernel,
             ceil_div(dim, columns) * len(blocks) * heads * batch,
@@ -165,7 +165,7 @@ def leave(
             PLUS=d_plus is not None,
             PAIRS=pairs,
             SPLIT=frames.q.dtype == torch.bfloat16,
-            num_warps=frame_warps(columns, size),
+            num_warps=warps,
             num_stages=1,
         )
 

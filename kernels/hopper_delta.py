@@ -144,20 +144,42 @@ class HopperDelta(DeltaPrepared):
         return self.minus.shape[3] // 16
 
 
+def leave_ranges(A: Tensor, B: Tensor, pieces: Pieces, *, backwards: bool) -> tuple[Tensor, Tensor]:
+    """`family.Family.leave` for dense transitions."""
+    table = tables.run_rows(pieces, backwards, B, leave=True)
+    whole_A, whole_B = tables.room_of_ranges(A, B, pieces, table)
+    _scan(A, B, B, None, whole_A, whole_B, pieces, table, backwards)
+    return whole_A, whole_B
+
+
 def scan_states(
     A: Tensor,
     B: Tensor,
     pieces: Pieces,
-    arriving: Tensor,
-    states: Tensor | None,
+    arriving: Tensor | None,
+    states: Tensor,
     *,
     backwards: bool,
-) -> Tensor:
+) -> None:
     """`family.Family.scan` for dense transitions."""
-    leaving = torch.zeros_like(arriving)
-    table = tables.run_rows(pieces, backwards, B)
+    arriving = B if arriving is None else arriving  # anything
+    _scan(A, B, arriving, states, B, B, pieces, tables.run_rows(pieces, backwards, B), backwards)
+
+
+def _scan(
+    A: Tensor,
+    B: Tensor,
+    arriving: Tensor,
+    states: Tensor | None,
+    whole_A: Tensor,
+    whole_B: Tensor,
+    pieces: Pieces,
+    table: Tensor,
+    backwards: bool,
+) -> None:
+    """Fill in `states`, or if that is None the maps of ranges; A of those alone that are passed."""
     if not len(table):
-        return leaving
+        return
     filled = B if states is None else states
     transposed = not A.is_contiguous()
     if transposed:
@@ -166,26 +188,28 @@ def scan_states(
 
     def make() -> Callable[..., None]:
         batch, summaries, heads, K, V = B.shape
+        ends = ((run.source, run.target) for run in pieces.runs(backwards))
+        through = states is None and any(None not in each for each in ends)
+        columns = V + K if through else V
         launch = Launch(
             scan_hopper_kernel,
-            len(table) * batch * heads * V // COLUMNS.value,
+            len(table) * batch * heads * columns // COLUMNS.value,
             batches=batch,
             summaries=summaries,
             slots=filled.shape[1],
-            ends=arriving.shape[1],
             HEADS=heads,
             DK=K,
             DV=V,
             STEP=-1 if backwards else 1,
             STORE=states is not None,
+            THROUGH=through,
             TRANSPOSED=transposed,
             num_warps=K // 16,
         )
         tiled = tiles(_rows(A), rows=K)
         return lambda A, *tensors: launch(*tiled(_rows(A)), *tensors)
 
-    calls.once("scan", make)(A, B, arriving, filled, leaving, table)
-    return leaving
+    calls.once("scan", make)(A, B, arriving, filled, whole_A, whole_B, table)
 
 
 def _rows(x: Tensor) -> Tensor:

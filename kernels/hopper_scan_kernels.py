@@ -10,15 +10,16 @@ COLUMNS = gl.constexpr(16)  # of the state, that a program has
 STAGES = gl.constexpr(2)
 
 
-@gluon.jit(do_not_specialize=["batches", "summaries", "slots", "ends"])
+@gluon.jit(do_not_specialize=["batches", "summaries", "slots"])
 def scan_hopper_kernel(
-    A, B, arriving, states, leaving, table, batches, summaries, slots, ends,
+    A, B, arriving, states, whole_A, whole_B, table, batches, summaries, slots,
     HEADS: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, STEP: gl.constexpr,
-    STORE: gl.constexpr, TRANSPOSED: gl.constexpr,
+    STORE: gl.constexpr, THROUGH: gl.constexpr, TRANSPOSED: gl.constexpr,
 ):  # fmt: skip
     """`scan_kernel` (state_kernels.py) where A is any matrix, by its transpose if TRANSPOSED.
 
     A [B * summaries * H * DK, DK] in tiles [DK, DK]. The next A is on its way during each product.
+    whole_A is wanted if THROUGH: what becomes of the identity, in DK more columns, without B.
     """
     SIZE: gl.constexpr = DK * DV
     PART: gl.constexpr = 32
@@ -26,8 +27,10 @@ def scan_hopper_kernel(
     LEFT: gl.constexpr = gl.DotOperandLayout(0, STATE, 1)
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, STATE, 1)
     ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    blocks: gl.constexpr = DV // COLUMNS
+    OF_B: gl.constexpr = DV // COLUMNS
+    blocks: gl.constexpr = OF_B + (DK // COLUMNS if THROUGH else 0)
     pid = gl.program_id(0)
+    block = pid % blocks
     head = pid // blocks % HEADS
     batch = (pid // (blocks * HEADS) % batches).to(gl.int64)
     chain = table + 5 * (pid // (blocks * HEADS) // batches)
@@ -53,21 +56,25 @@ def scan_hopper_kernel(
 
     row = gl.arange(0, DK, gl.SliceLayout(1, STATE))[:, None]
     col = gl.arange(0, COLUMNS, gl.SliceLayout(0, STATE))[None, :]
-    offsets = row * DV + pid % blocks * COLUMNS + col
+    offsets = row * DV + block * COLUMNS + col
     B += summary.to(gl.int64) * SIZE + offsets
     states += ((batch * slots + slot) * HEADS + head) * SIZE + offsets
-    leaving += ((batch * ends + target) * HEADS + head) * SIZE + offsets
     state = gl.zeros([DK, COLUMNS], gl.float32, STATE)
-    if source >= 0:
-        state = gl.load(arriving + ((batch * ends + source) * HEADS + head) * SIZE + offsets)
-        if STORE:
+    if STORE:
+        if source >= 0:
+            state = gl.load(arriving + ((source * batches + batch) * HEADS + head) * SIZE + offsets)
             gl.store(states, state)
-        states += STEP * HEADS * SIZE
+            states += STEP * HEADS * SIZE
+    if THROUGH:
+        state += gl.where(row == (block - OF_B) * COLUMNS + col, 1.0, 0.0)
     stored = count
     if target >= 0:
         stored = count - 1
     for i in range(count):
-        added = gl.load(B)
+        if THROUGH:
+            added = gl.load(B, mask=(offsets >= 0) & (block < OF_B), other=0.0)
+        else:
+            added = gl.load(B)
         B += STEP * HEADS * SIZE
         ring = i % STAGES
         state_tile.store(state)
@@ -90,5 +97,10 @@ def scan_hopper_kernel(
             if i < stored:
                 gl.store(states, state)
             states += STEP * HEADS * SIZE
-    if target >= 0:
-        gl.store(leaving, state)
+    if not STORE:
+        place = (target * batches + batch) * HEADS + head
+        if block < OF_B:
+            gl.store(whole_B + place * SIZE + offsets, state)
+        elif THROUGH:
+            at = row * DK + (block - OF_B) * COLUMNS + col
+            gl.store(whole_A + place * (DK * DK) + at, state)

@@ -71,6 +71,10 @@ class Pieces(Once):
         orders = [range(*bounds)[::-1] for bounds in self.ranges]
         return _runs(orders, self.left, self.entered)
 
+    def runs(self, backwards: bool) -> list[Run]:
+        """Of states, or of their gradients."""
+        return self.backward if backwards else self.forward
+
     def stretched(self, times: int) -> "Pieces":
         """The same pieces where each token is `times` tokens."""
 

@@ -134,21 +134,21 @@ def gate_kernel(
     tl.store(d_gate + (batch * tokens + start + token) * HEADS + head, gradient, mask=mask)
 
 
-@triton.jit(do_not_specialize=["batches", "summaries", "slots", "ends"])
+@triton.jit(do_not_specialize=["batches", "summaries", "slots"])
 def scan_kernel(
-    A, B, arriving, states, leaving,
+    A, B, arriving, states, whole_A, whole_B,
     table,
-    batches, summaries, slots, ends,
+    batches, summaries, slots,
     HEADS: tl.constexpr, DY: tl.constexpr, DZ: tl.constexpr, BY: tl.constexpr, PADDED: tl.constexpr,
     DECAY: tl.constexpr, STEP: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
     """States that enter pieces, from the summaries of the pieces before them: S' = A S + B.
 
     A row of `table` is a run of pieces, each of which hands its state to the next: [first summary,
-    summaries, slot of the first state, which of `arriving` it begins with, which of `leaving` it
-    ends in (-1: none)]. B [B, summaries, H, DY, DZ]; states [B, slots, ...]; arriving and leaving
-    [B, ends, ...]. STEP: 1, or -1 for the gradient, which goes through the pieces backwards. STORE:
-    0 if only what leaves is wanted.
+    summaries, slot of the first state, which of `arriving` it begins with, which range it leaves
+    (-1: none)]. B [B, summaries, H, DY, DZ]; states [B, slots, ...]; arriving [ranges, B, ...].
+    STEP: 1, or -1 for the gradient, which goes through the pieces backwards. Without STORE nothing
+    arrives, and the map of each run is what is wanted: whole_A and whole_B [ranges, B, H, ...].
     """
     BLOCKS: tl.constexpr = (DY + BY - 1) // BY
     pid = tl.program_id(0)
@@ -166,13 +166,14 @@ def scan_kernel(
     inside = (row < DY)[:, None] & (cols < DZ)[None, :]
     SIZE: tl.constexpr = DY * DZ
     state = tl.zeros([BY, PADDED], tl.float32)
-    if source >= 0:
-        base = arriving + ((batch * ends + source) * HEADS + head) * SIZE
-        state = tl.load(base + offsets, mask=inside, other=0.0)
-        if STORE:
+    total = tl.full([BY], 1.0, tl.float32)
+    if STORE:
+        if source >= 0:
+            base = arriving + ((source * batches + batch) * HEADS + head) * SIZE
+            state = tl.load(base + offsets, mask=inside, other=0.0)
             base = states + ((batch * slots + slot) * HEADS + head) * SIZE
             tl.store(base + offsets, state, mask=inside)
-        slot += STEP
+            slot += STEP
     stored = count
     if target >= 0:
         stored = count - 1
@@ -180,13 +181,19 @@ def scan_kernel(
         place = (batch * summaries + first + i * STEP) * HEADS + head
         added = tl.load(B + place * SIZE + offsets, mask=inside, other=0.0)
         if DECAY == "scalar":
-            state = state * tl.load(A + place)
+            factor = tl.load(A + place)
+            state, total = state * factor, total * factor
         elif DECAY == "key":
-            state = state * tl.load(A + place * DY + row, mask=row < DY, other=0.0)[:, None]
+            factors = tl.load(A + place * DY + row, mask=row < DY, other=0.0)
+            state, total = state * factors[:, None], total * factors
         state += added
         if STORE:
             base = states + ((batch * slots + slot + i * STEP) * HEADS + head) * SIZE
             tl.store(base + offsets, state, mask=inside & (i < stored))
-    if target >= 0:
-        base = leaving + ((batch * ends + target) * HEADS + head) * SIZE
-        tl.store(base + offsets, state, mask=inside)
+    if not STORE:
+        place = (target * batches + batch) * HEADS + head
+        tl.store(whole_B + place * SIZE + offsets, state, mask=inside)
+        if DECAY == "scalar":
+            tl.store(whole_A + place + row * 0, total, mask=row == 0)
+        elif DECAY == "key":
+            tl.store(whole_A + place * DY + row, total, mask=row < DY)

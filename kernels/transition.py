@@ -20,9 +20,6 @@ class Transition(Protocol):
     def product(self, A2: Tensor, A1: Tensor) -> Tensor:
         """A2 A1."""
 
-    def total(self, A: Tensor, order: range) -> Tensor:
-        """The product of A [B, N, ...] over places of its second dimension, the last leftmost."""
-
     def adjoint(self, A: Tensor) -> Tensor:
         """Aᵀ."""
 
@@ -38,9 +35,6 @@ class Identity:
 
     def product(self, A2: Tensor, A1: Tensor) -> Tensor:
         return A1
-
-    def total(self, A: Tensor, order: range) -> Tensor:
-        return A[:, order[0]]
 
     def adjoint(self, A: Tensor) -> Tensor:
         return A
@@ -58,10 +52,6 @@ class Decay:
     def product(self, A2: Tensor, A1: Tensor) -> Tensor:
         return A2 * A1
 
-    def total(self, A: Tensor, order: range) -> Tensor:
-        # no list of places, which would go to the GPU anew at each call and wait for it
-        return A.narrow(1, min(order), len(order)).prod(1)
-
     def adjoint(self, A: Tensor) -> Tensor:
         return A
 
@@ -77,12 +67,6 @@ class Dense:
 
     def product(self, A2: Tensor, A1: Tensor) -> Tensor:
         return A2 @ A1
-
-    def total(self, A: Tensor, order: range) -> Tensor:
-        product = A[:, order[0]]
-        for i in order[1:]:
-            product = A[:, i] @ product
-        return product
 
     def adjoint(self, A: Tensor) -> Tensor:
         return A.mT

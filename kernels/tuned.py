@@ -58,6 +58,12 @@ def frame_warps(columns: int, chunk: int) -> int:
     return max(4, columns * chunk // 2048)
 
 
+def leave_tile(dim: int, chunk: int, pairs: bool) -> tuple[int, int]:
+    """Columns and warps of the kernel that leaves frames, which holds tiles of many tensors."""
+    columns = min(padded(dim), 64 if pairs else 32)
+    return columns, frame_warps(columns, chunk)
+
+
 def piece_tokens(tokens: int, programs: int, device: torch.device) -> int:
     """Into how long pieces `tokens` are cut so that the chip is full.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from seqpar.kernels import frames, tables
-from seqpar.kernels.chunked import scan
+from seqpar.kernels.chunked import leave, scan
 from seqpar.kernels.delta_back_kernels import keys_kernel, walk_back_kernel
 from seqpar.kernels.delta_kernels import STEP, solve_kernel, walk_kernel
 from seqpar.kernels.launch import Launch
@@ -45,22 +45,37 @@ class WalkFamily:
     def piece_tokens(self, k: Tensor, v: Tensor) -> int | None:
         return delta_piece_tokens(v.shape[1], v.shape[0] * v.shape[2], v.device)
 
+    def leave(
+        self, A: Tensor, B: Tensor, pieces: Pieces, *, backwards: bool
+    ) -> tuple[Tensor, Tensor]:
+        if not _scans_on_hopper(A, B):
+            return leave(self.transition, A, B, pieces, backwards=backwards)
+        from seqpar.kernels.hopper_delta import leave_ranges  # Gluon only where it is used
+
+        return leave_ranges(A, B, pieces, backwards=backwards)
+
     def scan(
         self,
         A: Tensor,
         B: Tensor,
         pieces: Pieces,
-        arriving: Tensor,
-        states: Tensor | None,
+        arriving: Tensor | None,
+        states: Tensor,
         *,
         backwards: bool,
-    ) -> Tensor:
-        # where nothing is handed on there is no A to bring
-        if A.shape[1] and is_hopper(B.device) and {A.shape[-1], B.shape[-1]} <= {*HOPPER_WIDTHS}:
-            from seqpar.kernels.hopper_delta import scan_states  # Gluon only where it is used
+    ) -> None:
+        if not _scans_on_hopper(A, B):
+            scan(self.transition, A, B, pieces, arriving, states, backwards=backwards)
+            return
+        from seqpar.kernels.hopper_delta import scan_states
 
-            return scan_states(A, B, pieces, arriving, states, backwards=backwards)
-        return scan(self.transition, A, B, pieces, arriving, states, backwards=backwards)
+        scan_states(A, B, pieces, arriving, states, backwards=backwards)
+
+
+def _scans_on_hopper(A: Tensor, B: Tensor) -> bool:
+    """Whether Hopper's kernel passes states on; where nothing is, there is no A to bring."""
+    fits = {A.shape[-1], B.shape[-1]} <= {*HOPPER_WIDTHS}
+    return bool(A.shape[1]) and is_hopper(B.device) and fits
 
 
 @dataclass(slots=True)

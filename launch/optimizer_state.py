@@ -107,11 +107,22 @@ def load_state(optimizer: MegatronOptimizer, state: dict[str, Any], steps: int) 
         if held.separate:
             held.main.data.copy_(held.part(state[f"{index}.{MAIN}"]))
         if isinstance(inner, torch.optim.Adam):  # AdamW is one, too
-            own["step"] = torch.tensor(float(steps))
+            own["step"] = torch.tensor(float(steps), device=held.main.device)
     for each in _parts(optimizer):
         if not isinstance(each.optimizer, torch.optim.Adam):  # fused ones count by group
             for group in each.optimizer.param_groups:
                 group["step"] = steps
+
+
+def fuse(optimizer: MegatronOptimizer) -> None:
+    """One kernel for what AdamW does to a parameter, where Megatron took PyTorch's. Before a step.
+
+    PyTorch would take several, and write down a number for each parameter between them.
+    """
+    for each in _parts(optimizer):
+        if isinstance(each.optimizer, torch.optim.Adam):
+            for group in each.optimizer.param_groups:
+                group["fused"] = True
 
 
 def _parts(optimizer: MegatronOptimizer) -> Iterator[Any]:

@@ -19,6 +19,7 @@ from seqpar.comm import Communicator
 from seqpar.cost import Links, measure
 from seqpar.launch.checks import Sizes
 from seqpar.launch.config import Config
+from seqpar.launch.optimizer_state import fuse
 from seqpar.launch.ranks import device_of_this_rank
 from seqpar.models import compat
 from seqpar.models.language_model import build_language_model
@@ -67,6 +68,7 @@ def build(config: Config, sizes: Sizes, control: Communicator) -> Run:
     optimizer = get_megatron_optimizer(
         _optimizer_config(config), model, use_gloo_process_groups=False, pg_collection=groups
     )
+    fuse(optimizer)
     model_config.grad_scale_func = optimizer.scale_loss
     sequence = Communicator(groups.cp)
     measured = config.parallel.measure_links

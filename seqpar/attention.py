@@ -41,7 +41,7 @@ def linear_attention(
     Raises:
         ValueError: shapes or dtypes that do not fit each other or the layout.
     """
-    return start_linear_attention(q, k, v, log_decay, scale=scale, sp=sp)()
+    return _linear(q, k, v, log_decay, scale, sp, beside=False)()
 
 
 @uncompiled
@@ -59,12 +59,25 @@ def start_linear_attention(
     What is done in between runs while states travel between ranks, and what autograd records of it
     is differentiated while their gradients do.
     """
+    return _linear(q, k, v, log_decay, scale, sp, beside=True)
+
+
+def _linear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    scale: float | None,
+    sp: SequenceParallel | None,
+    *,
+    beside: bool,
+) -> Late:
     _check(q, k, v, sp)
     gates = {}
     if log_decay is not None:
         gates["log_decay"] = _check_decay(log_decay, k, v, constant=True)
-    family = choose_linear(k, v, list(gates.values()))
-    return recurrence("linear_attention", family, q, k, v, gates, scale_of(scale, q), sp)
+    family, scale = choose_linear(k, v, list(gates.values())), scale_of(scale, q)
+    return recurrence("linear_attention", family, q, k, v, gates, scale, sp, beside=beside)
 
 
 @uncompiled
@@ -97,7 +110,7 @@ def delta_attention(
     Raises:
         ValueError: shapes or dtypes that do not fit each other or the layout.
     """
-    return start_delta_attention(q, k, v, beta, log_decay, scale=scale, sp=sp)()
+    return _delta(q, k, v, beta, log_decay, scale, sp, beside=False)()
 
 
 @uncompiled
@@ -112,6 +125,20 @@ def start_delta_attention(
     sp: SequenceParallel | None = None,
 ) -> Late:
     """`delta_attention` in two halves, as `start_linear_attention`."""
+    return _delta(q, k, v, beta, log_decay, scale, sp, beside=True)
+
+
+def _delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    scale: float | None,
+    sp: SequenceParallel | None,
+    *,
+    beside: bool,
+) -> Late:
     _check(q, k, v, sp)
     if beta.shape != v.shape[:3]:
         raise ValueError(f"beta is {_shape(beta)}, it must be [B, T, HV] = {_shape(v[..., 0])}")
@@ -119,8 +146,8 @@ def start_delta_attention(
     gates = {"beta": beta[..., None]}
     if log_decay is not None:
         gates["log_decay"] = _check_decay(log_decay, k, v, constant=False)
-    family = choose_delta(k, v, list(gates.values()))
-    return recurrence("delta_attention", family, q, k, v, gates, scale_of(scale, q), sp)
+    family, scale = choose_delta(k, v, list(gates.values())), scale_of(scale, q)
+    return recurrence("delta_attention", family, q, k, v, gates, scale, sp, beside=beside)
 
 
 @uncompiled
@@ -156,8 +183,8 @@ def dplr_attention(
         if list(x.shape) != wanted:
             raise ValueError(f"{name} is {_shape(x)}, it must be [B, T, HV, K] = {wanted}")
         check_beside(name, x, "q", q)
-    family = choose_dplr(k, v)
-    return recurrence("dplr_attention", family, q, k, v, gates, scale_of(scale, q), sp)()
+    family, scale = choose_dplr(k, v), scale_of(scale, q)
+    return recurrence("dplr_attention", family, q, k, v, gates, scale, sp, beside=False)()
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, sp: SequenceParallel | None) -> None:

@@ -13,6 +13,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -83,6 +84,16 @@ class Communicator:
         self.traffic: dict[str, Traffic] = defaultdict(Traffic)
         self._agreement = agreement_of(group) if group is not None and self.size > 1 else None
         self.shared: Once = self._agreement or Once()
+        self._beside = True
+
+    def in_line(self) -> "Communicator":
+        """The same, for a caller that does nothing before it asks for a result of `background`.
+
+        Work goes on the current stream of a GPU then, and no stream waits for another.
+        """
+        found = copy(self)
+        found._beside = False
+        return found
 
     def reach(self, call: str) -> None:
         """Announce what this rank is about to do; return when all ranks have announced the same.
@@ -208,6 +219,9 @@ class Communicator:
         """
         traffic = self.traffic[kind]
         if device.type == "cuda":
+            if not self._beside:
+                here = work()
+                return lambda: here
             stream = self.shared.once(("stream", device), lambda: torch.cuda.Stream(device, -1))
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):

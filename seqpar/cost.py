@@ -112,7 +112,8 @@ def choose(
     if wanted == "auto":  # the simplest of those that are about as good as the best
         exposed = {exchange: max(each - hidden, 0.0) for exchange, each in seconds.items()}
         enough = SIMPLER * min(exposed.values())
-        name = next(exchange for exchange, each in exposed.items() if each <= enough)
+        order = ["allscan"] if links.direct else []  # one kernel, no messages, nothing packed
+        name = next(each for each in [*order, *exposed] if exposed[each] <= enough)
     return Choice(name, options.get(name, {}), seconds)
 
 
@@ -236,19 +237,24 @@ def _shift(comm: Communicator, to: int | None, source: int | None, both: torch.T
 
 
 def choose_softmax(
-    links: Links, tokens: int, heads: int, kv_heads: int, dim: int, element: int
+    links: Links, tokens: int, heads: int, kv_heads: int, dim: int, element: int, trades: bool
 ) -> str:
-    """The method of `softmax_attention` that moves the least, or the ring where memory decides.
+    """The method of `softmax_attention` that waits for the fewest bytes, forwards and backwards.
 
-    One gathered kv head costs keys and values in the inputs' dtype and their gradients in fp32.
-    Past GATHERED_HEAD_BYTES of that, only one rank's share is held at a time.
+    Or the ring, where memory decides: one gathered kv head costs keys and values in the inputs'
+    dtype and their gradients in fp32. Past GATHERED_HEAD_BYTES of that, only one rank's share is
+    held at a time. trades: whether an all-gather trades queries, and outputs, with mirror ranks.
     """
     ranks = len(links.nodes)
     if ranks == 1:
         return "allgather"
     if tokens * dim * 2 * (element + 4) > GATHERED_HEAD_BYTES:
         return "ring"
-    shared = (ranks - 1) * tokens // ranks * dim * element
-    gathered = links.slowest(2 * kv_heads * shared)
-    by_heads = links.slowest((2 * heads + 2 * max(kv_heads, min(ranks, heads))) * shared // ranks)
+    own = tokens // ranks * dim  # numbers of a head
+    # of keys and values the first half, each way, and of their gradients the last are not hidden
+    gathered = (ranks - 1) * own * kv_heads * (2 * element + 4)
+    if trades:
+        gathered += 2 * own * heads * element
+    dealt = 2 * heads + 2 * max(kv_heads, min(ranks, heads))
+    by_heads = 2 * (ranks - 1) * own * dealt * element // ranks
     return "ulysses" if heads % ranks == 0 and by_heads < gathered else "allgather"

@@ -30,6 +30,8 @@ def recurrence(
     gates: Mapping[str, Tensor],
     scale: float,
     sp: SequenceParallel | None,
+    *,
+    beside: bool,
 ) -> Late:
     """Start on the tokens of this rank: q, k [B, T, H, K], v, and gates [B, T, HV, D] by name.
 
@@ -37,9 +39,9 @@ def recurrence(
     states travel between ranks; its backward pass, while their gradients do: autograd takes what
     was recorded last first.
 
-    name: the public function's, for messages.
+    name: the public function's, for messages. beside: whether the caller does anything before.
     """
-    call = _Call(name, family, sp or alone(q.shape[1]), scale, tuple(gates))
+    call = _Call(name, family, sp or alone(q.shape[1]), scale, tuple(gates), beside)
     with torch.cuda.device_of(q):  # where Triton launches; nothing on a CPU
         start = _Start.apply(call, q, k, v, *gates.values())
 
@@ -61,9 +63,16 @@ class _Call:
     """
 
     def __init__(
-        self, name: str, family: Family, sp: SequenceParallel, scale: float, gates: tuple[str, ...]
+        self,
+        name: str,
+        family: Family,
+        sp: SequenceParallel,
+        scale: float,
+        gates: tuple[str, ...],
+        beside: bool,
     ) -> None:
         self.name, self.family, self.sp, self.scale, self.gates = name, family, sp, scale, gates
+        self._comm = sp.comm if beside else sp.comm.in_line()
         self._half: list[Any] = []  # what the first half leaves to the second
 
     def start(self, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor) -> None:
@@ -79,7 +88,7 @@ class _Call:
                 named = dict(zip(self.gates, gates, strict=True))
                 sp.enter(self.name, q=q, v=v, **named)
             A, B = prepared.summarize()
-            entering = _scan(family, sp, pieces, A, B, states, backwards=False)
+            entering = self._scan(pieces, A, B, states, backwards=False)
         remember(states, A)
         self._half = [prepared, entering, (q, k, v, states, A, *gates)]
 
@@ -104,7 +113,7 @@ class _Call:
         if pieces.entered or sp.exchanges:
             dB = prepared.summarize_backward(do)
             back = family.transition.adjoint(pieces.passed(A))
-            leaving = _scan(family, sp, pieces, back, dB, adjoints, backwards=True)
+            leaving = self._scan(pieces, back, dB, adjoints, backwards=True)
         self._half = [prepared, entering, do, leaving]
 
     def finish_backward(self, wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -112,6 +121,34 @@ class _Call:
         prepared, *rest = self._half
         self._half = []
         return [None, *prepared.run_backward(*rest, wanted[4:])]
+
+    def _scan(
+        self, pieces: Pieces, A: Tensor, B: Tensor, states: Tensor, *, backwards: bool
+    ) -> Late:
+        """Start the scan over the pieces of all ranks; the result waits, and fills in `states`.
+
+        A, B: the summaries [B, N, HV, ...] of those that hand a state on; backwards, A is
+        transposed.
+        """
+        family, sp = self.family, self.sp
+        if not sp.exchanges:
+            family.scan(A, B, pieces, None, states, backwards=backwards)
+            return _ready(states)
+
+        whole_A, whole_B = family.leave(A, B, pieces, backwards=backwards)
+        A_bytes, B_bytes = (x.shape[1:].numel() * x.element_size() for x in (whole_A, whole_B))
+        batch, heads, key, value = whole_B.shape[1:]
+        work = 2 * batch * heads * CHUNK * (key + value)  # scores and their product with v
+        choice = sp.choice(A_bytes, B_bytes, work)
+        chain = sp.layout.chain.backwards if backwards else sp.layout.chain
+        start = EXCHANGES[choice.name]
+        arriving = start(family.transition, whole_A, whole_B, chain, self._comm, **choice.options)
+
+        def late() -> Tensor:
+            family.scan(A, B, pieces, _together(arriving()), states, backwards=backwards)
+            return states
+
+        return late
 
 
 class _Start(torch.autograd.Function):
@@ -153,53 +190,12 @@ def _full_precision(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if wanted else nullcontext()
 
 
-def _scan(
-    family: Family,
-    sp: SequenceParallel,
-    pieces: Pieces,
-    A: Tensor,
-    B: Tensor,
-    states: Tensor,
-    *,
-    backwards: bool,
-) -> Late:
-    """Start the scan over the pieces of all ranks; the result waits, and fills in `states`.
-
-    A, B: the summaries [B, N, HV, ...] of those that hand a state on; backwards, A is transposed.
-    """
-    ranges = len(pieces.ranges) if sp.exchanges else 0
-    none = B.new_zeros(B.shape[0], ranges, *B.shape[2:])
-    if not sp.exchanges:
-        family.scan(A, B, pieces, none, states, backwards=backwards)
-        return _ready(states)
-
-    transition = family.transition
-    whole_B = family.scan(A, B, pieces, none, None, backwards=backwards).transpose(0, 1)
-    passing: list[Tensor | None] = [None] * ranges  # of ranges that a state enters and leaves
-    for run in pieces.backward if backwards else pieces.forward:
-        if run.target is not None and run.source is not None:
-            passing[run.target] = transition.total(A, run.summaries)
-    empty = A.shape[:1] + A.shape[2:]
-    whole_A = _together([A.new_zeros(empty) if x is None else x for x in passing], 0)
-    A_bytes, B_bytes = (x.shape[1:].numel() * x.element_size() for x in (whole_A, whole_B))
-    batch, heads, key, value = whole_B.shape[1:]
-    work = 2 * batch * heads * CHUNK * (key + value)  # scores and their product with v
-    choice = sp.choice(A_bytes, B_bytes, work)
-    chain = sp.layout.chain.backwards if backwards else sp.layout.chain
-    start = EXCHANGES[choice.name]
-    arriving = start(transition, whole_A, whole_B, chain, sp.comm, **choice.options)
-
-    def late() -> Tensor:
-        arrived = [none[:, 0] if state is None else state for state in arriving()]
-        family.scan(A, B, pieces, _together(arrived, 1), states, backwards=backwards)
-        return states
-
-    return late
-
-
-def _together(ranges: list[Tensor], dim: int) -> Tensor:
-    """Stacked; one alone is not copied."""
-    return torch.stack(ranges, dim) if len(ranges) > 1 else ranges[0].unsqueeze(dim)
+def _together(arrived: list[Tensor | None]) -> Tensor | None:
+    """[ranges, ...], anything where nothing arrived; one alone is not copied."""
+    any_ = next((state for state in arrived if state is not None), None)
+    if any_ is None or len(arrived) == 1:
+        return any_ if any_ is None else any_[None]
+    return torch.stack([any_ if state is None else state for state in arrived])
 
 
 def _ready(states: Tensor) -> Late:

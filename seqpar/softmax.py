@@ -49,9 +49,9 @@ def softmax_attention(
     _check(q, k, v, method, sp)
     scale, sp = scale_of(scale, q), sp or alone(q.shape[1])
     if method == "auto":
-        method = choose_softmax(
-            sp.links, sp.layout.total_tokens, q.shape[2], k.shape[2], q.shape[3], q.element_size()
-        )
+        sizes = sp.layout.total_tokens, q.shape[2], k.shape[2], q.shape[3], q.element_size()
+        trades = causal and _traded(sp.layout) != sp.layout.ranges
+        method = choose_softmax(sp.links, *sizes, trades)
     sp.enter(f"softmax_attention, method={method}, causal={causal}", q=q, k=k)
     if method == "ulysses":
         return ulysses(q, k, v, causal, scale, sp)

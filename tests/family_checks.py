@@ -52,14 +52,16 @@ def check_functions(
     states, adjoints = (torch.empty(batch, count, heads, K, V) for _ in range(2))
     prepared = family.prepare(q, k, v, gates, 0.3, pieces)
     A, B = prepared.summarize()
-    arriving = entering.detach().float()[:, None]
-    found = family.scan(A, B, pieces, arriving, states, backwards=False)
-    assert_close("S", found[:, 0], leaving, bound)
+    arriving = entering.detach().float()
+    family.scan(A, B, pieces, arriving[None], states, backwards=False)
+    found = handed_on(family, A, B, pieces, arriving, backwards=False)
+    assert_close("S", found, leaving, bound)
     assert_close("o", prepared.run(lambda: states), o, bound)
     prepared = family.prepare(q, k, v, gates, 0.3, pieces)
     A, B = family.transition.adjoint(A), prepared.summarize_backward(do)
-    found = family.scan(A, B, pieces, d_leaving[:, None], adjoints, backwards=True)
-    assert_close("dS", found[:, 0], expected[-1], bound)
+    family.scan(A, B, pieces, d_leaving[None], adjoints, backwards=True)
+    found = handed_on(family, A, B, pieces, d_leaving, backwards=True)
+    assert_close("dS", found, expected[-1], bound)
     gradients = prepared.run_backward(states, do, lambda: adjoints, [True] * len(gates))
     assert len(gradients) == len(given)
     for i, (x, right) in enumerate(zip(gradients, expected[:-1], strict=True)):
@@ -67,12 +69,20 @@ def check_functions(
         assert_close(f"gradient {i}", x.reshape(right.shape), right, bound)
 
 
+def handed_on(
+    family: Family, A: Tensor, B: Tensor, pieces: Pieces, arriving: Tensor, *, backwards: bool
+) -> Tensor:
+    """What leaves the one range there is, [B, H, K, V], if `arriving` enters it."""
+    [whole_A], [whole_B] = family.leave(A, B, pieces, backwards=backwards)
+    return family.transition.apply(whole_A, arriving) + whole_B
+
+
 def check_chain(choose: Choose, given: Sequence[Tensor]) -> None:
     """A sequence cut at random equals the uncut one, through (A, B) of each piece, both ways."""
     (q, k, v), gates = in_fp32(given)
     family = choose(k, v, gates)
     tokens, (K, V) = v.shape[1], (k.shape[3], v.shape[3])
-    do, start, end = torch.randn_like(v), torch.randn(1, 1, 1, K, V), torch.randn(1, 1, 1, K, V)
+    do, start, end = torch.randn_like(v), torch.randn(1, 1, K, V), torch.randn(1, 1, K, V)
 
     def run(cuts: list[int]) -> list[Tensor]:
         count = len(cuts) - 1
@@ -81,13 +91,15 @@ def check_chain(choose: Choose, given: Sequence[Tensor]) -> None:
         prepared = family.prepare(q, k, v, gates, 1.0, pieces)
         A, B = prepared.summarize()
         maps = (A, B), (family.transition.adjoint(A), prepared.summarize_backward(do))
-        S = family.scan(*maps[0], pieces, start, states, backwards=False)
-        dS = family.scan(*maps[1], pieces, end, adjoints, backwards=True)
+        family.scan(*maps[0], pieces, start[None], states, backwards=False)
+        family.scan(*maps[1], pieces, end[None], adjoints, backwards=True)
+        S = handed_on(family, *maps[0], pieces, start, backwards=False)
+        dS = handed_on(family, *maps[1], pieces, end, backwards=True)
         o = prepared.run(lambda: states)
         gradients = prepared.run_backward(states, do, lambda: adjoints, [True] * len(gates))
         totals = [
-            family.transition.total(A, run.summaries)
-            for (A, _), run in zip(maps, (pieces.forward[0], pieces.backward[0]), strict=True)
+            family.leave(*each, pieces, backwards=backwards)[0]
+            for each, backwards in zip(maps, (False, True), strict=True)
         ]
         return [S, dS, *totals, o, *(x for x in gradients if x is not None)]
 

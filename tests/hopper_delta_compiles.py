@@ -78,12 +78,11 @@ def main() -> None:
         compile_for(walk_back_hopper_kernel, back, 8, set(), SUMMARY=False, **more)
         wide = {"out", "out_pointer", "d_plus"} if decay == "frames" else set()
         compile_for(keys_hopper_kernel, keys, 8, wide, SPAN=512, **more)
-    for transposed in (False, True):
-        scan: dict[str, Any] = {"DK": 128, "DV": 128, "STEP": 1, "STORE": True}
-        ends = {"A", "arriving", "states"}
-        compile_for(
-            scan_hopper_kernel, {"A": 128}, 8, ends, rows=128, TRANSPOSED=transposed, **scan
-        )
+    ends = {"A", "arriving", "states", "whole_A", "whole_B"}
+    for store, through in ((True, False), (False, False), (False, True)):
+        scan: dict[str, Any] = {"DK": 128, "DV": 128, "STEP": 1, "TRANSPOSED": through}
+        scan |= {"STORE": store, "THROUGH": through}
+        compile_for(scan_hopper_kernel, {"A": 128}, 8, ends, rows=128, **scan)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from family_checks import handed_on
 from gpu_checks import SIZES, Inputs, differentiate, draws, error, hold
 from torch import Tensor
 
@@ -122,7 +123,7 @@ def test_a_chain_of_pieces_equals_the_uncut_run(decay: str, dtype: torch.dtype) 
     given = inputs(decay, (700, 1, 2, 128, 128), 0.3)
     q, k, v, beta, *rest = given.values()
     do = (torch.randn_like(v) * 4).round() / 4
-    ends = [torch.randn(len(v), 1, 2, 128, 128, device=DEVICE) for _ in range(2)]
+    ends = [torch.randn(len(v), 2, 128, 128, device=DEVICE) for _ in range(2)]
 
     def run(cuts: list[int], dtype: torch.dtype) -> list[Tensor]:
         gates = [x if x.dim() == 4 else x[..., None] for x in (beta, *rest)]
@@ -132,11 +133,13 @@ def test_a_chain_of_pieces_equals_the_uncut_run(decay: str, dtype: torch.dtype) 
         family = choose_delta(k.to(dtype), v, gates)
         prepared = family.prepare(q.to(dtype), k.to(dtype), v.to(dtype), gates, 0.1, pieces)
         start, end = (x.to(torch.promote_types(dtype, torch.float32)) for x in ends)
-        states, adjoints = (x.repeat(1, count, 1, 1, 1) for x in (start, end))
+        states, adjoints = (x[:, None].repeat(1, count, 1, 1, 1) for x in (start, end))
         A, B = prepared.summarize()
         maps = (A, B), (family.transition.adjoint(A), prepared.summarize_backward(do.to(dtype)))
-        S = family.scan(*maps[0], pieces, start, states, backwards=False)
-        dS = family.scan(*maps[1], pieces, end, adjoints, backwards=True)
+        family.scan(*maps[0], pieces, start[None], states, backwards=False)
+        family.scan(*maps[1], pieces, end[None], adjoints, backwards=True)
+        S = handed_on(family, *maps[0], pieces, start, backwards=False)
+        dS = handed_on(family, *maps[1], pieces, end, backwards=True)
         o = prepared.run(lambda: states)
         gradients = prepared.run_backward(
             states, do.to(dtype), lambda: adjoints, [True] * len(gates)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from family_checks import handed_on
 from gpu_checks import Inputs, differentiate, draws, error, hold
 from torch import Tensor
 
@@ -94,7 +95,8 @@ def specification(**given: Any) -> Tensor:
 def attend(family: Any, sp: Any = None, **given: Tensor) -> Tensor:
     """`seqpar.dplr_attention` by this family, whatever would be chosen."""
     q, k, v = (given.pop(name) for name in "qkv")
-    return recurrence("dplr_attention", family, q, k, v, given, q.shape[3] ** -0.5, sp)()
+    scale = q.shape[3] ** -0.5
+    return recurrence("dplr_attention", family, q, k, v, given, scale, sp, beside=False)()
 
 
 def by_triton(**given: Tensor) -> Tensor:
@@ -145,7 +147,7 @@ def test_a_chain_of_pieces_equals_the_uncut_run(dtype: torch.dtype) -> None:
     """Through (A, B) of twelve pieces, forwards and backwards, with states at both ends."""
     given = inputs((700, 1, 2, 64, 64), 0.6)
     do = (torch.randn_like(given["v"]) * 4).round() / 4
-    ends = [torch.randn(len(do), 1, 2, 64, 64, device=DEVICE) for _ in range(2)]
+    ends = [torch.randn(len(do), 2, 64, 64, device=DEVICE) for _ in range(2)]
 
     def run(cuts: list[int], dtype: torch.dtype) -> list[Tensor]:
         precise = torch.promote_types(dtype, torch.float32)
@@ -156,11 +158,13 @@ def test_a_chain_of_pieces_equals_the_uncut_run(dtype: torch.dtype) -> None:
         family: Any = DPLR if dtype == torch.float64 else TritonDPLR()
         prepared = family.prepare(q, k, v, gates, 0.1, pieces)
         start, end = (x.to(precise) for x in ends)
-        states, adjoints = (x.repeat(1, count, 1, 1, 1) for x in (start, end))
+        states, adjoints = (x[:, None].repeat(1, count, 1, 1, 1) for x in (start, end))
         A, B = prepared.summarize()
         maps = (A, B), (family.transition.adjoint(A), prepared.summarize_backward(do.to(dtype)))
-        S = family.scan(*maps[0], pieces, start, states, backwards=False)
-        dS = family.scan(*maps[1], pieces, end, adjoints, backwards=True)
+        family.scan(*maps[0], pieces, start[None], states, backwards=False)
+        family.scan(*maps[1], pieces, end[None], adjoints, backwards=True)
+        S = handed_on(family, *maps[0], pieces, start, backwards=False)
+        dS = handed_on(family, *maps[1], pieces, end, backwards=True)
         o = prepared.run(lambda: states)
         gradients = prepared.run_backward(states, do.to(dtype), lambda: adjoints, [True] * 3)
         return [x.double() for x in (S, dS, o, *gradients) if x is not None]

@@ -94,7 +94,7 @@ def test_a_sequence_cut_anywhere_and_chained_equals_the_uncut_one(
     prepared = family.prepare(q, k, v, gates, 0.5, pieces)
     A, B = prepared.summarize()
     states = torch.zeros(BATCH, last, HEADS, K, V, dtype=torch.float64)
-    family.scan(A, B, pieces, none, states, backwards=False)
+    family.scan(A, B, pieces, None, states, backwards=False)
     cut = prepared.run(lambda: states)
     assert_close(name, cut, whole, 1e-10)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from harness import run_ranks
 from launch_setup import CONFIG, losses, train_on
 
@@ -82,7 +83,9 @@ def test_exchanged_bytes_and_tokens_are_counted_once(config: str, tmp_path: Path
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
     assert [line["tokens"] for line in lines if "tokens" in line] == [256, 512]
     assert all(line["bytes_exchanged"] > 0 for line in lines if "loss" in line)
-    assert all({"bytes_state", "waited_state", "bytes_kv"} < set(x) for x in lines if "loss" in x)
+    assert all(
+        {"bytes_state", "waited_state", "bytes_heads"} < set(x) for x in lines if "loss" in x
+    )
     assert "exchanged 0 B" not in text
 
 
@@ -185,6 +188,16 @@ def test_divergence_is_told(config: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"diverged; lower optimizer.lr=1e\+30"):
         train_on(1, config, f"log.folder={tmp_path}/run", *words)
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_adam_is_one_kernel(distributed: bool, config: str, tmp_path: Path) -> None:
+    def arrange(rank: int) -> None:
+        for several in ("_single_tensor_adam", "_multi_tensor_adam"):
+            setattr(sys.modules[torch.optim.AdamW.__bases__[0].__module__], several, None)
+
+    words = [f"log.folder={tmp_path}/run", f"optimizer.distributed={distributed}", "train.steps=4"]
+    assert "step 4" in train_on(1, config, *words, before=arrange)
 
 
 def _together(rank: int) -> str:

@@ -201,9 +201,12 @@ class Layers:
         """Of the training step: alone, ideal, together, and the host's."""
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
+        from seqpar.launch.optimizer_state import fuse
+
         network, size = self.network(), self.comm.size
         options = OptimizerConfig(optimizer="adam", lr=1e-5, bf16=CUDA, params_dtype=DTYPE)
         optimizer = get_megatron_optimizer(options, [network], use_gloo_process_groups=False)
+        fuse(optimizer)
 
         def step_of(size: int) -> Callable[[], None]:
             return partial(self.one_step, network, optimizer, tokens, self.sp(tokens, size))
