@@ -10,7 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 
-from seqpar.cost import GATHERED_HEAD_BYTES
+from seqpar.cost import Links, choose_softmax
 from seqpar.launch.checks import ALONE, Sizes
 from seqpar.launch.config import Config
 from seqpar.launch.flops import (
@@ -183,12 +183,17 @@ class Count:
         most = key_heads(self.model, mixer, self.sizes.tensor)
         return min(self.config.memory.head_groups, most) if self.again(mixer) else 1
 
-    @property
-    def ring(self) -> bool:
-        """Whether keys and values of softmax layers go from rank to rank, and are not gathered."""
-        method, head = self.config.parallel.softmax, 2 * self.model.softmax_head_dim
-        gathered = self.config.data.sequence_length * head * (self.element + 4)
-        return method == "ring" or (method == "auto" and gathered > GATHERED_HEAD_BYTES)
+    @cached_property
+    def attention(self) -> str:
+        """How keys and values of softmax layers reach other ranks, see seqpar.softmax_attention."""
+        method, sizes, m = self.config.parallel.softmax, self.sizes, self.model
+        if method != "auto":
+            return method
+        groups = sizes.tensor * self.groups("softmax")
+        heads, kv = (max(1, count // groups) for count in (m.num_heads, m.kv_heads))
+        trades = self.config.parallel.layout == "contiguous"
+        given = self.config.data.sequence_length, heads, kv, m.softmax_head_dim, self.element
+        return choose_softmax(Links((0,) * sizes.context), *given, trades)
 
     @property
     def mlp(self) -> str:
@@ -209,8 +214,12 @@ class Count:
         projected = in_width(m, mixer) * e
         if mixer == "softmax":
             query, kv = heads * m.softmax_head_dim * e, m.kv_heads * m.softmax_head_dim * e
-            # on their way to other ranks and back
-            traded = query if self.sizes.context > 1 and not self.ring else 0
+            if self.attention == "ulysses":  # as they were dealt, and o as it was and came back
+                dealt = max(kv, self.sizes.context * m.softmax_head_dim * e * tp)
+                return common + (3 * query + 2 * dealt + 4 * heads) / tp
+            traded = 0  # on their way to other ranks and back
+            if self.attention == "allgather" and self.sizes.context > 1:
+                traded = query
             return common + (projected + 2 * query + kv + traded + 4 * heads) / tp
         outputs = 2 * heads * value * e  # of the recurrence and of its norm
         low, _ = low_rank(m, mixer)

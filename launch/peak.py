@@ -166,9 +166,9 @@ def exchange_bytes(count: Count) -> float:
     element, sequence = count.element, count.config.data.sequence_length
     heads = max(1, count.model.kv_heads // count.sizes.tensor) // count.groups("softmax")
     head = 2 * count.model.softmax_head_dim  # numbers of a key and its value
-    if count.sizes.context == 1:
+    if count.sizes.context == 1 or count.attention == "ulysses":
         return count.tokens * heads * head * 4
-    if count.ring:  # at hand and arriving; five of gradients
+    if count.attention == "ring":  # at hand and arriving; five of gradients
         return count.tokens * heads * head * (2 * element + 20)
     # as gathered, and in order; gradients, by rank, and together to be sent
     at_once = max(1, min(heads // 2, ROOM // (sequence * head * (element + 4))))

@@ -173,9 +173,11 @@ SPREAD_STEPS = [
     ("RD", 1, f"{EXPERTS} {ALL} memory.mlp_tokens=1024"),
     ("RN", 1, f"{EXPERTS} {ALL} memory.head_groups=2"),
     ("GN", 2, "parallel.context=2"),
-    ("NN", 2, f"{ALL} parallel.context=2"),
+    *(
+        ("NN", 2, f"{ALL} parallel.context=2 parallel.softmax={method}")
+        for method in ("allgather", "ring", "ulysses")
+    ),
     ("NG", 2, f"{ALL} parallel.context=2 memory.head_groups=2"),
-    ("NN", 2, f"{ALL} parallel.context=2 parallel.softmax=ring"),
     ("GN", 2, "parallel.tensor=2"),
     ("GN", 2, f"{ALL} parallel.tensor=2 memory.head_groups=2"),
 ]
