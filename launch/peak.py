@@ -61,15 +61,12 @@ def layers_working(count: Count) -> float:
     for run in reversed(range(len(count.runs))):
         mixers, leaves = count.runs[run]
         *first, last = mixers
-        needed = max([_layer(count, last) + _restored(count, first), *_layers(count, first)])
+        earlier = (_layer(count, mixer) for mixer in first)
+        needed = max(_layer(count, last) + _restored(count, first), *earlier, 0.0)
         most = max(most, needed - gone - (on_the_way - count.on_the_way(run)))
         here, inputs = count.run_bytes(mixers)
         gone += total(here) + (0 if leaves else total(inputs))
     return most
-
-
-def _layers(count: Count, mixers: list[str]) -> list[float]:
-    return [_layer(count, mixer) for mixer in mixers]
 
 
 def _restored(count: Count, mixers: list[str]) -> float:
@@ -83,8 +80,8 @@ def _restored(count: Count, mixers: list[str]) -> float:
 def _layer(count: Count, mixer: str) -> float:
     """The most of a layer's backward pass, beside what is kept of it and of those before it.
 
-    Its MLP comes first. Each sum is a moment: of heads, what lies between the mixer's projections;
-    hidden states, such as the gradient that came, the norm of the mixer's input, that of the MLP.
+    Its MLP comes first. Each sum is of a moment: what heads have made between the projections, and
+    hidden states: the gradient that came, the norm of the mixer's input, the MLP's input.
     """
     tokens, hidden = count.tokens, count.tokens * count.hidden
     heads = tokens * count.mixer_bytes(mixer) - 2 * hidden  # without the input and its norm

@@ -111,7 +111,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor
 
 
 def _attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> list[Tensor]:
-    """cuDNN sums the gradient of q in fp32."""
+    """cuDNN is taken to sum the gradient of q in fp32."""
     found = [torch.empty_like(x) for x in (q, k, v)]
     torch.empty_like(q, dtype=torch.float32)
     return found
