@@ -147,6 +147,7 @@ STEPS = [
     ("GGNR", f"{ALL} memory.head_groups=2 memory.keep_every=2 memory.offload_layers=3"),
     ("GNNG", f"{ALL} memory.offload_layers=3"),
     ("GG", f"{ALL} memory.offload_layers=2 model.vocab_size=512000"),
+    ("R", f"{ALL} memory.mlp_tokens=128K"),
     ("D", f"{ALL} {FEW} model.key_heads=4"),
     ("M", f"{ALL} {FEW} model.key_heads=4"),
 ]
