@@ -14,14 +14,14 @@ from seqpar.layout import Layout
 # Seconds on an H200, (forward, both ways), of 64K tokens and 16 heads of 128 (docs/performance.md):
 # the recurrence; the short convolution of 6,144 channels; the norm of heads; unit length of keys.
 _MEASURED = {
-    "gla": (0.934e-3, 4.05e-3),
-    "gated_deltanet": (1.59e-3, 5.79e-3),
-    "kda": (2.01e-3, 7.32e-3),
-    "mamba2": (0.443e-3, 1.77e-3),
-    "retention": (0.428e-3, 1.41e-3),
-    "convolution": (0.46e-3, 1.25e-3),
-    "norm": (0.187e-3, 0.535e-3),
-    "unit": (0.13e-3, 0.449e-3),
+    "gla": (0.932e-3, 4.07e-3),
+    "gated_deltanet": (1.60e-3, 5.53e-3),
+    "kda": (2.02e-3, 7.32e-3),
+    "mamba2": (0.439e-3, 1.75e-3),
+    "retention": (0.412e-3, 1.37e-3),
+    "convolution": (0.465e-3, 1.27e-3),
+    "norm": (0.192e-3, 0.550e-3),
+    "unit": (0.13e-3, 0.316e-3),
 }
 _MEASURED_BANDWIDTH = 4.27e12
 _GROUPED = 0.92  # of the rate of large products, what grouped ones of experts reach
@@ -69,6 +69,19 @@ def state_exchange(
         "twolevel": (inside - 1) * packed + across,
     }
     return choice, groups * sent.get(choice.name, ranges * b_bytes)
+
+
+def softmax_exchange(count: Count) -> tuple[float, float]:
+    """Bytes that a rank receives for a softmax layer in its forward pass: those that may travel
+    during attention, keys and values; those that it waits for. `Count.attention` says by what."""
+    m, sizes, e = count.model, count.sizes, count.element
+    heads, kv = (max(1, x // sizes.tensor) for x in (m.num_heads, m.kv_heads))
+    head, ranks = count.tokens * m.softmax_head_dim * e, sizes.context
+    if count.attention == "ulysses":
+        dealt = 2 * heads + 2 * max(kv, min(ranks, heads))  # q and o; k and v
+        return 0.0, (ranks - 1) / ranks * head * dealt
+    trades = count.attention == "allgather" and count.config.parallel.layout == "contiguous"
+    return (ranks - 1) * 2 * kv * head, heads * head if trades else 0.0
 
 
 @lru_cache(maxsize=4096)
@@ -122,10 +135,11 @@ def _microbatch(count: Count, cluster: Cluster) -> Parts:
     softmax = count.mixers.count("softmax")
     if sizes.context > 1 and softmax:
         rate = _rate(cluster, sizes.context, sizes.tensor)
-        kv = count.tokens * (sizes.context - 1) * 2 * m.softmax_head_dim
-        kv *= max(1, m.kv_heads // sizes.tensor)  # numbers that come to this rank
-        seconds = softmax * kv * (2 * count.element + 4) / rate
-        found["keys and values across ranks"] = max(seconds - attention, 0.0)
+        beside, waited = softmax_exchange(count)
+        # backwards keys and values come again, and their gradients in fp32
+        seconds = softmax * beside * (2 + 4 / count.element) / rate
+        found["softmax across ranks"] = max(seconds - attention, 0.0)
+        found["softmax across ranks"] += softmax * 2 * waited / rate
     if sizes.tensor > 1:
         hidden = count.tokens * m.hidden_size * count.element * (sizes.tensor - 1) / sizes.tensor
         times = 10 * len(count.mixers) + 2 * halves_again + 3 * count.last

@@ -18,7 +18,7 @@ from seqpar.launch.checks import Sizes, check
 from seqpar.launch.cluster import CLUSTERS, Cluster, load_cluster
 from seqpar.launch.config import Config, load_config
 from seqpar.launch.count import Count, parameters
-from seqpar.launch.duration import state_exchange, step_seconds
+from seqpar.launch.duration import softmax_exchange, state_exchange, step_seconds
 from seqpar.launch.flops import peak_flops, step_flops
 from seqpar.launch.peak import memory
 from seqpar.launch.terminal import command_parser
@@ -236,9 +236,8 @@ def describe(plan: Plan) -> str:
             micros = 1e6 * choice.seconds[choice.name] * plan.fullest.groups(mixer)
             lines.append(f"  states of {mixer:<20} {sent:14,.0f}  {micros:10.1f}  by {choice.name}")
         if "softmax" in layer_mixers(m):
-            kv = plan.fullest.tokens * 2 * max(1, m.kv_heads // sizes.tensor) * m.softmax_head_dim
-            kv *= plan.fullest.element * (sizes.context - 1)
-            lines.append(f"  keys and values of softmax     {kv:14,.0f}")
+            sent = round(sum(softmax_exchange(plan.fullest)))
+            lines.append(f"  softmax {sent:37,}              by {plan.fullest.attention}")
     lines += ["", "seconds a step", *_rows(plan.seconds, ".3f")]
     mfu = "n/a" if plan.utilisation is None else f"{100 * plan.utilisation:.1f} %"
     lines += [
