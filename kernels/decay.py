@@ -8,11 +8,12 @@ the states that entered the pieces. Diagonal decay is first taken out of q and k
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from seqpar.kernels import frames, tables
+from seqpar.kernels import frames, scans, tables
 from seqpar.kernels.launch import Launch, plan
 from seqpar.kernels.passes import Passes, is_for_hopper, operand_dtype, products, ungroup
 from seqpar.kernels.pieces import Late, Pieces
@@ -80,10 +81,7 @@ class TritonLinear:
     def leave(
         self, A: Tensor, B: Tensor, pieces: Pieces, *, backwards: bool
     ) -> tuple[Tensor, Tensor]:
-        table = tables.run_rows(pieces, backwards, B, leave=True)
-        whole_A, whole_B = tables.room_of_ranges(A, B, pieces, table)
-        self._scan(A, B, B, None, whole_A, whole_B, pieces, table, backwards)
-        return whole_A, whole_B
+        return scans.leave(self._scan, self.decay, A, B, pieces, backwards=backwards)
 
     def scan(
         self,
@@ -95,49 +93,20 @@ class TritonLinear:
         *,
         backwards: bool,
     ) -> None:
-        arriving = B if arriving is None else arriving  # anything
-        table = tables.run_rows(pieces, backwards, B)
-        self._scan(A, B, arriving, states, A, B, pieces, table, backwards)
+        scans.scan(self._scan, self.decay, A, B, pieces, arriving, states, backwards=backwards)
 
-    def _scan(
-        self,
-        A: Tensor,
-        B: Tensor,
-        arriving: Tensor,
-        states: Tensor | None,
-        whole_A: Tensor,
-        whole_B: Tensor,
-        pieces: Pieces,
-        table: Tensor,
-        backwards: bool,
-    ) -> None:
-        if not len(table):
-            return
-        filled = B if states is None else states
-        calls = plan(pieces, self.decay, states is None, backwards, B, arriving, filled)
-
-        def make() -> Launch:
-            batch, summaries, heads, DY, DZ = B.shape
-            chains = len(table) * batch * heads
-            rows = scan_rows(chains, DY, B.device)
-            return Launch(
-                scan_kernel,
-                chains * ceil_div(DY, rows),
-                batches=batch,
-                summaries=summaries,
-                slots=filled.shape[1],
-                HEADS=heads,
-                DY=DY,
-                DZ=DZ,
-                BY=rows,
-                PADDED=padded(DZ),
-                DECAY="key" if self.decay == "diagonal" else self.decay,
-                STEP=-1 if backwards else 1,
-                STORE=states is not None,
-                num_warps=max(1, rows * padded(DZ) // 256),
-            )
-
-        calls.once("scan", make)(A, B, arriving, filled, whole_A, whole_B, table)
+    def _scan(self, chains: int, values: dict[str, Any], A: Tensor, B: Tensor) -> Launch:
+        """See `scans.Make`."""
+        rows, columns = scan_rows(chains, values["DY"], B.device), padded(values["DZ"])
+        return Launch(
+            scan_kernel,
+            chains * ceil_div(values["DY"], rows),
+            **values,
+            BY=rows,
+            PADDED=columns,
+            DECAY="key" if self.decay == "diagonal" else self.decay,
+            num_warps=max(1, rows * columns // 256),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,18 +5,20 @@ rounded scores are the same in all of them.
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from seqpar.kernels import tables
+from seqpar.kernels import scans, tables
 from seqpar.kernels.hopper import CHUNK, tiles
 from seqpar.kernels.hopper_keys_kernels import keys_hopper_kernel
 from seqpar.kernels.hopper_scan_kernels import COLUMNS, scan_hopper_kernel
 from seqpar.kernels.hopper_solve_kernels import solve_hopper_kernel
 from seqpar.kernels.hopper_walk_back_kernels import walk_back_hopper_kernel
 from seqpar.kernels.hopper_walk_kernels import walk_hopper_kernel
-from seqpar.kernels.launch import Launch, plan
+from seqpar.kernels.launch import Launch
 from seqpar.kernels.passes import Traces, traced
 from seqpar.kernels.pieces import Pieces
 from seqpar.kernels.walks import DeltaPrepared
@@ -146,10 +148,8 @@ class HopperDelta(DeltaPrepared):
 
 def leave_ranges(A: Tensor, B: Tensor, pieces: Pieces, *, backwards: bool) -> tuple[Tensor, Tensor]:
     """`family.Family.leave` for dense transitions."""
-    table = tables.run_rows(pieces, backwards, B, leave=True)
-    whole_A, whole_B = tables.room_of_ranges(A, B, pieces, table)
-    _scan(A, B, B, None, whole_A, whole_B, pieces, table, backwards)
-    return whole_A, whole_B
+    make, kind, A = _along(A)
+    return scans.leave(make, kind, A, B, pieces, backwards=backwards)
 
 
 def scan_states(
@@ -162,54 +162,34 @@ def scan_states(
     backwards: bool,
 ) -> None:
     """`family.Family.scan` for dense transitions."""
-    arriving = B if arriving is None else arriving  # anything
-    _scan(A, B, arriving, states, B, B, pieces, tables.run_rows(pieces, backwards, B), backwards)
+    make, kind, A = _along(A)
+    scans.scan(make, kind, A, B, pieces, arriving, states, backwards=backwards)
+
+
+def _along(A: Tensor) -> tuple[scans.Make, object, Tensor]:
+    """What `scans` needs for A, which may be transposed, and A as it lies in memory."""
+    transposed = not A.is_contiguous()
+    make = partial(_scan, transposed)
+    return make, ("dense", transposed), A.mT.contiguous() if transposed else A
 
 
 def _scan(
-    A: Tensor,
-    B: Tensor,
-    arriving: Tensor,
-    states: Tensor | None,
-    whole_A: Tensor,
-    whole_B: Tensor,
-    pieces: Pieces,
-    table: Tensor,
-    backwards: bool,
-) -> None:
-    """Fill in `states`, or if that is None the maps of ranges; A of those alone that are passed."""
-    if not len(table):
-        return
-    filled = B if states is None else states
-    transposed = not A.is_contiguous()
-    if transposed:
-        A = A.mT.contiguous()  # which it is already
-    calls = plan(pieces, "dense", transposed, states is None, backwards, B, arriving, filled)
-
-    def make() -> Callable[..., None]:
-        batch, summaries, heads, K, V = B.shape
-        ends = ((run.source, run.target) for run in pieces.runs(backwards))
-        through = states is None and any(None not in each for each in ends)
-        columns = V + K if through else V
-        launch = Launch(
-            scan_hopper_kernel,
-            len(table) * batch * heads * columns // COLUMNS.value,
-            batches=batch,
-            summaries=summaries,
-            slots=filled.shape[1],
-            HEADS=heads,
-            DK=K,
-            DV=V,
-            STEP=-1 if backwards else 1,
-            STORE=states is not None,
-            THROUGH=through,
-            TRANSPOSED=transposed,
-            num_warps=K // 16,
-        )
-        tiled = tiles(_rows(A), rows=K)
-        return lambda A, *tensors: launch(*tiled(_rows(A)), *tensors)
-
-    calls.once("scan", make)(A, B, arriving, filled, whole_A, whole_B, table)
+    transposed: bool, chains: int, values: dict[str, Any], A: Tensor, B: Tensor
+) -> Callable[..., None]:
+    """See `scans.Make`."""
+    K, V = values["DY"], values["DZ"]
+    columns = V + K if values["THROUGH"] else V
+    launch = Launch(
+        scan_hopper_kernel,
+        chains * columns // COLUMNS.value,
+        **values,
+        DK=K,
+        DV=V,
+        TRANSPOSED=transposed,
+        num_warps=K // 16,
+    )
+    tiled = tiles(_rows(A), rows=K)
+    return lambda A, *tensors: launch(*tiled(_rows(A)), *tensors)
 
 
 def _rows(x: Tensor) -> Tensor:

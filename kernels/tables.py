@@ -6,7 +6,6 @@ chunk is what is worked on at once. Both are counted from the beginning of their
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from seqpar.kernels.pieces import Pieces
@@ -62,18 +61,13 @@ def cut_rows(pieces: Pieces, size: int, chunk: int, like: Tensor) -> Tensor:
 
 def run_rows(pieces: Pieces, backwards: bool, like: Tensor, *, leave: bool = False) -> Tensor:
     """The runs of pieces that hand states on (`pieces.Run.row`); or those that leave a range."""
-    runs = [run for run in pieces.runs(backwards) if not leave or run.target is not None]
-    name = "runs", backwards, leave
-    return pieces.table(name, lambda: [run.row for run in runs], like.device)
 
+    def rows() -> Iterator[tuple[int, ...]]:
+        for run in pieces.runs(backwards):
+            if not leave or run.target is not None:
+                yield run.row
 
-def room_of_ranges(A: Tensor, B: Tensor, pieces: Pieces, table: Tensor) -> tuple[Tensor, Tensor]:
-    """For the maps of ranges, [ranges, B, ...]; zeros, if not all are in `table`."""
-    ranges = len(pieces.ranges)
-    room = torch.empty if len(table) == ranges else torch.zeros
-    shapes = ((ranges, x.shape[0], *x.shape[2:]) for x in (A, B))
-    whole_A, whole_B = (room(shape, dtype=B.dtype, device=B.device) for shape in shapes)
-    return whole_A, whole_B
+    return pieces.table(("runs", backwards, leave), rows, like.device)
 
 
 def saves(pieces: Pieces, block: int) -> int:

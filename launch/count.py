@@ -10,7 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 
-from seqpar.cost import Links, choose_softmax
+from seqpar.cost import choose_softmax
 from seqpar.launch.checks import ALONE, Sizes
 from seqpar.launch.config import Config
 from seqpar.launch.flops import (
@@ -186,14 +186,17 @@ class Count:
     @cached_property
     def attention(self) -> str:
         """How keys and values of softmax layers reach other ranks, see seqpar.softmax_attention."""
-        method, sizes, m = self.config.parallel.softmax, self.sizes, self.model
-        if method != "auto":
-            return method
-        groups = sizes.tensor * self.groups("softmax")
-        heads, kv = (max(1, count // groups) for count in (m.num_heads, m.kv_heads))
-        trades = self.config.parallel.layout == "contiguous"
-        given = self.config.data.sequence_length, heads, kv, m.softmax_head_dim, self.element
-        return choose_softmax(Links((0,) * sizes.context), *given, trades)
+        method = self.config.parallel.softmax
+        return choose_softmax(*self.attending) if method == "auto" else method
+
+    @property
+    def attending(self) -> tuple[int, int, int, int, int, int, bool]:
+        """One group of heads of a softmax layer, as `cost.softmax_bytes` takes it."""
+        m, parallel, groups = self.model, self.config.parallel, self.groups("softmax")
+        heads, kv = (max(1, x // self.sizes.tensor // groups) for x in (m.num_heads, m.kv_heads))
+        sequence = self.config.data.sequence_length
+        trades = parallel.layout == "contiguous"
+        return self.sizes.context, sequence, heads, kv, m.softmax_head_dim, self.element, trades
 
     @property
     def mlp(self) -> str:

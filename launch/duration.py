@@ -3,7 +3,7 @@
 from collections import defaultdict
 from functools import lru_cache
 
-from seqpar.cost import Choice, Links, choose
+from seqpar.cost import Choice, Links, choose, softmax_bytes
 from seqpar.launch.checks import Sizes
 from seqpar.launch.cluster import Cluster
 from seqpar.launch.config import Config
@@ -72,16 +72,10 @@ def state_exchange(
 
 
 def softmax_exchange(count: Count) -> tuple[float, float]:
-    """Bytes that a rank receives for a softmax layer in its forward pass: those that may travel
-    during attention, keys and values; those that it waits for. `Count.attention` says by what."""
-    m, sizes, e = count.model, count.sizes, count.element
-    heads, kv = (max(1, x // sizes.tensor) for x in (m.num_heads, m.kv_heads))
-    head, ranks = count.tokens * m.softmax_head_dim * e, sizes.context
-    if count.attention == "ulysses":
-        dealt = 2 * heads + 2 * max(kv, min(ranks, heads))  # q and o; k and v
-        return 0.0, (ranks - 1) / ranks * head * dealt
-    trades = count.attention == "allgather" and count.config.parallel.layout == "contiguous"
-    return (ranks - 1) * 2 * kv * head, heads * head if trades else 0.0
+    """`cost.softmax_bytes` of a softmax layer, all its groups of heads."""
+    beside, waited = softmax_bytes(count.attention, *count.attending)
+    groups = count.groups("softmax")
+    return groups * beside, groups * waited
 
 
 @lru_cache(maxsize=4096)

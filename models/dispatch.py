@@ -15,6 +15,9 @@ from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+_OTHERS = ("fused", "drop_and_pad", "align_size")  # permutations that remain Megatron's
+_PADS = "align_size" in inspect.signature(moe_utils.permute).parameters  # not in 0.16
+
 
 @dataclass(frozen=True)
 class Order:
@@ -99,7 +102,3 @@ def unpermute(
     if isinstance(sorted_indices, Order):
         return _Gathered.apply(permuted_tokens, sorted_indices)
     return moe_utils.unpermute(permuted_tokens, sorted_indices, restore_shape, probs, **options)
-
-
-_OTHERS = ("fused", "drop_and_pad", "align_size")
-_PADS = "align_size" in inspect.signature(moe_utils.permute).parameters  # since 0.17

@@ -41,7 +41,7 @@ def linear_attention(
     Raises:
         ValueError: shapes or dtypes that do not fit each other or the layout.
     """
-    return _linear(q, k, v, log_decay, scale, sp, beside=False)()
+    return start_linear_attention(q, k, v, log_decay, scale=scale, sp=sp, beside=False)()
 
 
 @uncompiled
@@ -53,25 +53,13 @@ def start_linear_attention(
     *,
     scale: float | None = None,
     sp: SequenceParallel | None = None,
+    beside: bool = True,
 ) -> Late:
     """`linear_attention` in two halves: the returned function, called once, gives o.
 
     What is done in between runs while states travel between ranks, and what autograd records of it
-    is differentiated while their gradients do.
+    is differentiated while their gradients do. beside: whether anything is.
     """
-    return _linear(q, k, v, log_decay, scale, sp, beside=True)
-
-
-def _linear(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    scale: float | None,
-    sp: SequenceParallel | None,
-    *,
-    beside: bool,
-) -> Late:
     _check(q, k, v, sp)
     gates = {}
     if log_decay is not None:
@@ -110,7 +98,7 @@ def delta_attention(
     Raises:
         ValueError: shapes or dtypes that do not fit each other or the layout.
     """
-    return _delta(q, k, v, beta, log_decay, scale, sp, beside=False)()
+    return start_delta_attention(q, k, v, beta, log_decay, scale=scale, sp=sp, beside=False)()
 
 
 @uncompiled
@@ -123,22 +111,9 @@ def start_delta_attention(
     *,
     scale: float | None = None,
     sp: SequenceParallel | None = None,
+    beside: bool = True,
 ) -> Late:
     """`delta_attention` in two halves, as `start_linear_attention`."""
-    return _delta(q, k, v, beta, log_decay, scale, sp, beside=True)
-
-
-def _delta(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    scale: float | None,
-    sp: SequenceParallel | None,
-    *,
-    beside: bool,
-) -> Late:
     _check(q, k, v, sp)
     if beta.shape != v.shape[:3]:
         raise ValueError(f"beta is {_shape(beta)}, it must be [B, T, HV] = {_shape(v[..., 0])}")

@@ -236,25 +236,45 @@ def _shift(comm: Communicator, to: int | None, source: int | None, both: torch.T
         comm.wait(comm.send_receive([(both[0], to)], [(both[1], source)], "measure"), "measure")
 
 
+def softmax_bytes(
+    method: str,
+    ranks: int,
+    tokens: float,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    element: int,
+    trades: bool,
+) -> tuple[float, float]:
+    """Bytes that a rank receives in a forward pass of `softmax_attention` over `tokens` of all
+    ranks: keys and values that may travel during attention, and what it has to wait for.
+
+    trades: whether an all-gather trades queries, and outputs, with mirror ranks.
+    """
+    head = tokens // ranks * dim * element
+    if method == "ulysses":
+        dealt = 2 * heads + 2 * max(kv_heads, min(ranks, heads))  # q and o; k and v
+        return 0, (ranks - 1) * head * dealt // ranks
+    traded = heads * head if trades and method == "allgather" else 0
+    return (ranks - 1) * 2 * kv_heads * head, traded
+
+
 def choose_softmax(
-    links: Links, tokens: int, heads: int, kv_heads: int, dim: int, element: int, trades: bool
+    ranks: int, tokens: int, heads: int, kv_heads: int, dim: int, element: int, trades: bool
 ) -> str:
     """The method of `softmax_attention` that waits for the fewest bytes, forwards and backwards.
 
     Or the ring, where memory decides: one gathered kv head costs keys and values in the inputs'
     dtype and their gradients in fp32. Past GATHERED_HEAD_BYTES of that, only one rank's share is
-    held at a time. trades: whether an all-gather trades queries, and outputs, with mirror ranks.
+    held at a time. Arguments as of `softmax_bytes`.
     """
-    ranks = len(links.nodes)
     if ranks == 1:
         return "allgather"
     if tokens * dim * 2 * (element + 4) > GATHERED_HEAD_BYTES:
         return "ring"
-    own = tokens // ranks * dim  # numbers of a head
+    sizes = ranks, tokens, heads, kv_heads, dim, element, trades
+    beside, traded = softmax_bytes("allgather", *sizes)
     # of keys and values the first half, each way, and of their gradients the last are not hidden
-    gathered = (ranks - 1) * own * kv_heads * (2 * element + 4)
-    if trades:
-        gathered += 2 * own * heads * element
-    dealt = 2 * heads + 2 * max(kv_heads, min(ranks, heads))
-    by_heads = 2 * (ranks - 1) * own * dealt * element // ranks
-    return "ulysses" if heads % ranks == 0 and by_heads < gathered else "allgather"
+    gathered = beside * (1 + 2 / element) + 2 * traded
+    _, dealt = softmax_bytes("ulysses", *sizes)
+    return "ulysses" if heads % ranks == 0 and 2 * dealt < gathered else "allgather"

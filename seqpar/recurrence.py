@@ -72,7 +72,7 @@ class _Call:
         beside: bool,
     ) -> None:
         self.name, self.family, self.sp, self.scale, self.gates = name, family, sp, scale, gates
-        self._comm = sp.comm if beside else sp.comm.in_line()
+        self.beside = beside
         self._half: list[Any] = []  # what the first half leaves to the second
 
     def start(self, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor) -> None:
@@ -141,8 +141,9 @@ class _Call:
         work = 2 * batch * heads * CHUNK * (key + value)  # scores and their product with v
         choice = sp.choice(A_bytes, B_bytes, work)
         chain = sp.layout.chain.backwards if backwards else sp.layout.chain
+        comm = sp.comm if self.beside else sp.comm.in_line()
         start = EXCHANGES[choice.name]
-        arriving = start(family.transition, whole_A, whole_B, chain, self._comm, **choice.options)
+        arriving = start(family.transition, whole_A, whole_B, chain, comm, **choice.options)
 
         def late() -> Tensor:
             family.scan(A, B, pieces, _together(arriving()), states, backwards=backwards)
@@ -192,10 +193,12 @@ def _full_precision(x: Tensor) -> AbstractContextManager[object]:
 
 def _together(arrived: list[Tensor | None]) -> Tensor | None:
     """[ranges, ...], anything where nothing arrived; one alone is not copied."""
-    any_ = next((state for state in arrived if state is not None), None)
-    if any_ is None or len(arrived) == 1:
-        return any_ if any_ is None else any_[None]
-    return torch.stack([any_ if state is None else state for state in arrived])
+    known = [state for state in arrived if state is not None]
+    if not known:
+        return None
+    if len(arrived) == 1:
+        return known[0][None]
+    return torch.stack([known[0] if state is None else state for state in arrived])
 
 
 def _ready(states: Tensor) -> Late:

@@ -51,7 +51,7 @@ def softmax_attention(
     if method == "auto":
         sizes = sp.layout.total_tokens, q.shape[2], k.shape[2], q.shape[3], q.element_size()
         trades = causal and _traded(sp.layout) != sp.layout.ranges
-        method = choose_softmax(sp.links, *sizes, trades)
+        method = choose_softmax(sp.comm.size, *sizes, trades)
     sp.enter(f"softmax_attention, method={method}, causal={causal}", q=q, k=k)
     if method == "ulysses":
         return ulysses(q, k, v, causal, scale, sp)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import seqpar
-from seqpar.cost import Links, choose_softmax
+from seqpar.cost import choose_softmax
 from seqpar.fetch import convert
 from seqpar.kernels import reference
 from seqpar.softmax import METHODS, _traded
@@ -228,8 +228,7 @@ def test_softmax_moves_what_the_formulas_say() -> None:
 def test_auto_method_is_the_one_that_waits_least(
     ranks: int, tokens: int, heads: int, kv_heads: int, trades: bool, method: str
 ) -> None:
-    links = Links(nodes=(0,) * ranks)
-    assert choose_softmax(links, tokens, heads, kv_heads, 128, 2, trades) == method
+    assert choose_softmax(ranks, tokens, heads, kv_heads, 128, 2, trades) == method
 
 
 @pytest.mark.parametrize("kinds", [("contiguous", "zigzag"), ("zigzag", "contiguous")])

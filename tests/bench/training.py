@@ -234,7 +234,6 @@ def run(way: str, out: Path, seconds: float, words: list[str]) -> None:
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     }
     with out.joinpath(f"{way}.log").open("w") as log:
         process = subprocess.Popen(
